@@ -1,0 +1,38 @@
+// Names and tables of the formats; the numbers themselves are in formats.def.
+#ifndef HB_CORE_FORMATS_H
+#define HB_CORE_FORMATS_H
+
+#include "core/dtype.h"
+
+typedef enum {
+#define HB_CODEBOOK(id, name, values, ranks, thresholds, nan_code) id,
+#include "core/formats.def"
+#undef HB_CODEBOOK
+    HB_CODEBOOK_COUNT
+} hb_format4;
+
+// A 16-entry codebook; see formats.def for the meaning of each field.
+typedef struct {
+    const char *name;
+    float value[16];
+    float threshold[16]; // [15] is +inf, so that 16 lanes can be compared at once
+    uint8_t code_of_rank[16];
+    uint8_t nan_code;
+} hb_codebook4;
+
+const hb_codebook4 *hb_codebook4_get(hb_format4 format);
+// Returns the format, or -1 when the name is unknown.
+int hb_format4_from_name(const char *name);
+
+// The block sizes that the bitsandbytes layout knows.
+static inline bool hb_blocksize4_is_valid(int64_t blocksize)
+{
+    return blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0;
+}
+
+static inline int64_t hb_ceil_div(int64_t n, int64_t d)
+{
+    return n / d + (n % d != 0);
+}
+
+#endif

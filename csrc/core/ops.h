@@ -1,0 +1,124 @@
+// The operations of halfbyte, for the bindings and for C callers. Each validates its arguments once,
+// chooses the kernels, splits the work over the pool and returns a status; none touches Python.
+//
+// x, y, dx, dy are views with any strides. Flat arrays (codes, absmax, ...) are contiguous.
+// bitsandbytes layout: codes of the row-major flattened tensor, two per byte, even index in the high
+// nibble; block b covers elements [b*blocksize, (b+1)*blocksize), across row ends where depth is no
+// multiple of blocksize; the last block may be shorter.
+#ifndef HB_CORE_OPS_H
+#define HB_CORE_OPS_H
+
+#include "core/formats.h"
+#include "core/kernels.h"
+#include "core/parallel.h"
+#include "core/status.h"
+#include "core/view.h"
+
+// What every operation needs. Owned by the extension module's state.
+typedef struct {
+    hb_kernels kernels;
+    hb_pool *pool;
+    uint32_t cpu_flags;
+} hb_context;
+
+// Fills kernels and starts the pool object. threads <= 0: automatic.
+hb_status hb_context_init(hb_context *context, uint32_t cpu_flags, int threads, hb_error *error);
+void hb_context_clear(hb_context *context);
+
+// ---- 4-bit codebook formats (ops_4bit.c) ------------------------------------------------------
+
+typedef enum { HB_SCALES_ABSMAX = 0, HB_SCALES_SEARCH = 1 } hb_scales;
+
+// A quantized tensor of `numel` elements; rows * depth == numel when it is used as a matrix.
+// Scales are float32 in `absmax`, or nested: absmax_codes[i] is an index into nested_map, and
+// absmax[i] = nested_map[absmax_codes[i]] * nested_absmax[i / nested_blocksize] + nested_offset.
+typedef struct {
+    hb_format4 format;
+    int64_t blocksize;
+    int64_t numel, rows, depth;
+    const uint8_t *packed; // [(numel + 1) / 2]
+    const float *absmax;   // [ceil(numel / blocksize)], or NULL when nested
+    const uint8_t *absmax_codes;
+    const float *nested_absmax; // [ceil(n_blocks / nested_blocksize)]
+    const float *nested_map;    // [256]
+    float nested_offset;
+    int64_t nested_blocksize;
+} hb_tensor4;
+
+// x: any shape, float32/bfloat16/float16. packed [(n + 1) / 2], absmax [ceil(n / blocksize)].
+// The missing low nibble of an odd n is the code of 0.0 (NF4 7, FP4 0).
+// HB_SCALES_SEARCH: see scale search in docs/numerics.md.
+hb_status hb_quantize_4bit(hb_context *context, const hb_view *x, hb_format4 format,
+                           int64_t blocksize, hb_scales scales, uint8_t *packed, float *absmax,
+                           hb_error *error);
+// Elements [start, start + numel(out)) of w in row-major order into out (float32/bf16/f16).
+hb_status hb_dequantize_4bit(hb_context *context, const hb_tensor4 *w, int64_t start,
+                             const hb_view *out, hb_error *error);
+// Double quantization of n absmax values: offset = mean; codes and nested_absmax [ceil(n / 256)] of
+// absmax - offset with the signed dynamic map, block size `nested_blocksize`.
+hb_status hb_nest_absmax(hb_context *context, const float *absmax, int64_t n,
+                         int64_t nested_blocksize, uint8_t *codes, float *nested_absmax,
+                         float *offset, hb_error *error);
+// Scales of blocks [first, first + n) as float32, whatever their storage.
+void hb_expand_absmax(const hb_context *context, const hb_tensor4 *w, int64_t first, int64_t n,
+                      float *absmax);
+
+// ---- y = x W^T + b, 4-bit W (linear_4bit.c) ---------------------------------------------------
+
+// How products are formed. FLOAT32: x and codebook in float32, float32 accumulation. BFLOAT16: x
+// and codebook entries rounded to bfloat16 (what a bfloat16 dense layer would see), float32 sums.
+typedef enum { HB_COMPUTE_F32 = 0, HB_COMPUTE_BF16 = 1 } hb_compute;
+
+// x [..., depth], y [..., rows] of the same leading shape; bias [rows] or NULL, any io dtype each.
+hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4 *w,
+                         const hb_view *bias, hb_compute compute, const hb_view *y,
+                         hb_error *error);
+// dx = dy W: dy [..., rows], dx [..., depth].
+hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, const hb_tensor4 *w,
+                                    hb_compute compute, const hb_view *dx, hb_error *error);
+
+// ---- 8-bit block-wise with a 256-entry map (ops_8bit.c) ---------------------------------------
+
+typedef enum { HB_MAP_DYNAMIC, HB_MAP_DYNAMIC_UNSIGNED, HB_MAP_LINEAR, HB_MAP_FP8_E4M3, HB_MAP_FP8_E5M2,
+               HB_MAP_NORMAL, HB_MAP8_COUNT } hb_map8;
+// Fills map[256] (ascending).
+void hb_map8_fill(hb_map8 which, float *map);
+int hb_map8_from_name(const char *name); // -1 when unknown
+
+// map: 256 finite ascending values (HB_ERR_VALUE otherwise). codes [n], absmax [ceil(n/blocksize)].
+// Any blocksize >= 1. Nearest entry of x * (1/absmax); a tie goes to the even index.
+hb_status hb_quantize_8bit(hb_context *context, const hb_view *x, const float *map,
+                           int64_t blocksize, uint8_t *codes, float *absmax, hb_error *error);
+hb_status hb_dequantize_8bit(hb_context *context, const uint8_t *codes, const float *absmax,
+                             const float *map, int64_t blocksize, const hb_view *out,
+                             hb_error *error);
+
+// ---- row-wise int8, LLM.int8() (ops_int8.c, linear_8bit.c) ------------------------------------
+
+// x [rows, depth] (leading dimensions are flattened). codes = rint(x * 127/absmax) (half to even),
+// scale[row] = absmax. threshold > 0: elements with |x| >= threshold take no part in absmax and are
+// stored as 0; outlier_columns [depth] bool marks their columns, and when there is more than one row
+// whole columns are stored as 0. outlier_columns may be NULL when threshold is 0.
+hb_status hb_quantize_rows_int8(hb_context *context, const hb_view *x, float threshold,
+                                int8_t *codes, float *scale, uint8_t *outlier_columns,
+                                hb_error *error);
+// out[r, k] = codes[r, k] * scale[r] / 127.
+hb_status hb_dequantize_rows_int8(hb_context *context, const int8_t *codes, const float *scale,
+                                  const hb_view *out, hb_error *error);
+// c[m, n] = sum_k a[m, k] b[n, k], exact int32 (depth <= 131072 checked).
+hb_status hb_matmul_int8(hb_context *context, const int8_t *a, const int8_t *b, int64_t m,
+                         int64_t n, int64_t depth, int32_t *c, hb_error *error);
+
+typedef enum { HB_INT8_DYNAMIC = 0, HB_INT8_EXACT = 1 } hb_int8_mode;
+
+// w codes [rows, depth], scale [rows]. HB_INT8_DYNAMIC is LLM.int8(): x is quantized row-wise,
+// outlier columns (threshold > 0) are multiplied in float32. HB_INT8_EXACT: float32 x times the
+// dequantized weight. float32 epilogue, rounded once to y's dtype.
+hb_status hb_linear_8bit(hb_context *context, const hb_view *x, const int8_t *codes,
+                         const float *scale, int64_t rows, int64_t depth, const hb_view *bias,
+                         hb_int8_mode mode, float threshold, const hb_view *y, hb_error *error);
+hb_status hb_linear_8bit_grad_input(hb_context *context, const hb_view *dy, const int8_t *codes,
+                                    const float *scale, int64_t rows, int64_t depth,
+                                    const hb_view *dx, hb_error *error);
+
+#endif

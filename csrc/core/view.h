@@ -1,0 +1,52 @@
+// hb_view: somebody else's array, borrowed for the length of one call.
+#ifndef HB_CORE_VIEW_H
+#define HB_CORE_VIEW_H
+
+#include "core/dtype.h"
+
+#define HB_MAX_NDIM 8
+
+typedef enum { HB_CPU = 1, HB_CUDA = 2 } hb_device_type; // DLPack's numbers
+
+typedef struct {
+    hb_device_type type;
+    int32_t index;
+} hb_device;
+
+// data points at the first element (byte offsets already added); it may be NULL when there are no
+// elements. Strides count elements and may be zero or negative.
+typedef struct {
+    void *data;
+    hb_dtype dtype;
+    hb_device device;
+    int ndim;
+    bool readonly;
+    int64_t shape[HB_MAX_NDIM];
+    int64_t stride[HB_MAX_NDIM];
+} hb_view;
+
+static inline int64_t hb_view_numel(const hb_view *view)
+{
+    int64_t numel = 1;
+    for (int d = 0; d < view->ndim; d++) numel *= view->shape[d];
+    return numel;
+}
+
+// True when the elements lie in row-major order without gaps.
+static inline bool hb_view_is_contiguous(const hb_view *view)
+{
+    int64_t expected = 1;
+    for (int d = view->ndim - 1; d >= 0; d--) {
+        if (view->shape[d] == 0) return true;
+        if (view->shape[d] != 1 && view->stride[d] != expected) return false;
+        expected *= view->shape[d];
+    }
+    return true;
+}
+
+// Copies the elements of `source` (any strides) to `target` in row-major order, keeping the dtype.
+void hb_view_gather(const hb_view *source, void *target);
+// The reverse: row-major `source` into the strided `target`.
+void hb_view_scatter(const void *source, const hb_view *target);
+
+#endif

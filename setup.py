@@ -1,0 +1,123 @@
+"""Build of the extension module: one static library per instruction set, each with its own flags.
+
+Everything that is the same on every machine is in pyproject.toml. Environment:
+HALFBYTE_SANITIZE=1    build with AddressSanitizer and UndefinedBehaviorSanitizer
+HALFBYTE_CUDA=0|1      never build the CUDA library / fail when it cannot be built (default: if nvcc is found)
+HALFBYTE_CUDA_ARCHS    e.g. "90;100": the GPU architectures to compile for
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SANITIZE = os.environ.get("HALFBYTE_SANITIZE") == "1"
+
+COMMON = ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off",
+          "-Wall", "-Wextra", "-Wshadow", "-Werror", "-pthread", "-Icsrc"]  # fmt: skip
+if SANITIZE:
+    COMMON += ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
+               "-fsanitize=float-cast-overflow", "-fno-sanitize-recover=undefined"]  # fmt: skip
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+AVX512 = AVX2 + ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd", "-mprefer-vector-width=512"]
+VNNI = AVX512 + ["-mavx512vnni"]
+VBMI = VNNI + ["-mavx512vbmi", "-mavx512vbmi2"]
+ISA_FLAGS = {"ref": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512vnni": VNNI, "avx512vbmi": VBMI,
+                  "avx512bf16": VBMI + ["-mavx512bf16"]}  # fmt: skip
+elif platform.machine() in ("aarch64", "arm64"):
+    ISA_FLAGS |= {"neon": []}
+
+
+def sources(pattern):
+    return sorted(glob(pattern, root_dir=ROOT))
+
+
+def library(name, pattern, flags=()):
+    # setuptools compiles each library with its own "cflags"; obj_deps rebuilds when a header changes.
+    files = sources(pattern)
+    headers = sources("csrc/core/*") + sources("csrc/cpu/*.h") + sources(str(Path(pattern).parent / "*.h"))
+    return (name, {"sources": files, "cflags": COMMON + [*flags], "obj_deps": {"": headers}})
+
+
+# Linked in this order: each library may use the ones behind it.
+LIBRARIES = [library("hb_core", "csrc/core/*.c", ["-Wconversion"])]
+LIBRARIES += [library(f"hb_{isa}", f"csrc/cpu/{isa}/*.c", flags) for isa, flags in ISA_FLAGS.items()]
+
+
+def find_nvcc():
+    wish = os.environ.get("HALFBYTE_CUDA", "")
+    if wish == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(filter(None, [home and home + "/bin", os.environ["PATH"]])))
+    if nvcc is None:
+        try:  # the toolkit from PyPI (extra "build-cuda")
+            import nvidia.cuda_nvcc as toolkit
+
+            nvcc = shutil.which("nvcc", path=str(Path(next(iter(toolkit.__path__))) / "bin"))
+        except ImportError:
+            pass
+    if nvcc is None and wish == "1":
+        sys.exit("HALFBYTE_CUDA=1, but nvcc was not found (set CUDA_HOME, or pip install 'halfbyte[build-cuda]')")
+    return nvcc
+
+
+class BuildExt(build_ext):
+    def run(self):
+        if self.distribution.has_c_libraries():
+            self.run_command("build_clib")  # build_ext --inplace alone would skip it
+        super().run()
+        self.build_cuda(find_nvcc())
+
+    def build_extension(self, ext):
+        import numpy
+        import tvm_ffi.libinfo
+
+        ext.include_dirs += ["csrc", numpy.get_include(), tvm_ffi.libinfo.find_dlpack_include_path()]
+        build_clib = self.get_finalized_command("build_clib")
+        ext.library_dirs.append(build_clib.build_clib)
+        ext.depends += [str(p) for p in Path(build_clib.build_clib).glob("libhb_*.a")]
+        ext.depends += sources("csrc/**/*.h")
+        super().build_extension(ext)
+
+    def build_cuda(self, nvcc):
+        cuda_sources = sources("cuda/*.cu")
+        if nvcc is None or not cuda_sources:
+            print("halfbyte: CPU only (%s)" % ("nvcc not found" if nvcc is None else "no CUDA sources"), file=sys.stderr)
+            return
+        archs = os.environ.get("HALFBYTE_CUDA_ARCHS", "75;80;86;89;90;100;120").split(";")
+        target = Path(self.get_ext_fullpath("halfbyte._C")).parent / "libhalfbyte_cuda.so"
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        subprocess.run([nvcc, "-shared", "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden",
+                        "-Icsrc", "-Icuda", *gencode, *cuda_sources, "-o", str(target)], check=True, cwd=ROOT)  # fmt: skip
+        print(f"halfbyte: CUDA for sm_{', sm_'.join(archs)} with {nvcc}", file=sys.stderr)
+
+
+# A group, because the reference folder and the core call each other's tables.
+LINK = ["-pthread", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else ["-pthread"]
+if SANITIZE:
+    LINK += ["-fsanitize=address,undefined"]
+
+setup(
+    libraries=LIBRARIES,
+    ext_modules=[
+        Extension(
+            "halfbyte._C",
+            sources("csrc/python/*.c"),
+            libraries=[name for name, _ in LIBRARIES] + (["dl"] if sys.platform == "linux" else []),
+            extra_compile_args=COMMON,
+            extra_link_args=LINK,
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)
