@@ -27,7 +27,14 @@ if SANITIZE:
                "-fsanitize=float-cast-overflow", "-fno-sanitize-recover=undefined"]  # fmt: skip
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
-AVX512 = AVX2 + ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd", "-mprefer-vector-width=512"]
+AVX512 = AVX2 + [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512cd",
+    "-mprefer-vector-width=512",
+]
 VNNI = AVX512 + ["-mavx512vnni"]
 VBMI = VNNI + ["-mavx512vbmi", "-mavx512vbmi2"]
 ISA_FLAGS = {"ref": []}
@@ -59,7 +66,9 @@ def find_nvcc():
     if wish == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(filter(None, [home and home + "/bin", os.environ["PATH"]])))
+    nvcc = shutil.which(
+        "nvcc", path=os.pathsep.join(filter(None, [home and home + "/bin", os.environ["PATH"]]))
+    )
     if nvcc is None:
         try:  # the toolkit from PyPI (extra "build-cuda")
             import nvidia.cuda_nvcc as toolkit
@@ -68,7 +77,9 @@ def find_nvcc():
         except ImportError:
             pass
     if nvcc is None and wish == "1":
-        sys.exit("HALFBYTE_CUDA=1, but nvcc was not found (set CUDA_HOME, or pip install 'halfbyte[build-cuda]')")
+        sys.exit(
+            "HALFBYTE_CUDA=1, but nvcc was not found (set CUDA_HOME, or pip install 'halfbyte[build-cuda]')"
+        )
     return nvcc
 
 
@@ -93,13 +104,24 @@ class BuildExt(build_ext):
     def build_cuda(self, nvcc):
         cuda_sources = sources("cuda/*.cu")
         if nvcc is None or not cuda_sources:
-            print("halfbyte: CPU only (%s)" % ("nvcc not found" if nvcc is None else "no CUDA sources"), file=sys.stderr)
+            print(
+                "halfbyte: CPU only (%s)" % ("nvcc not found" if nvcc is None else "no CUDA sources"),
+                file=sys.stderr,
+            )
             return
         archs = os.environ.get("HALFBYTE_CUDA_ARCHS", "75;80;86;89;90;100;120").split(";")
         target = Path(self.get_ext_fullpath("halfbyte._C")).parent / "libhalfbyte_cuda.so"
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        subprocess.run([nvcc, "-shared", "-O3", "-std=c++17", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                        "-Icsrc", "-Icuda", *gencode, *cuda_sources, "-o", str(target)], check=True, cwd=ROOT)  # fmt: skip
+        flags = [
+            "-O3",
+            "-std=c++17",
+            "-cudart=static",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "-Icsrc",
+            "-Icuda",
+        ]
+        command = [nvcc, "-shared", *flags, *gencode, *cuda_sources, "-o", str(target)]
+        subprocess.run(command, check=True, cwd=ROOT)
         print(f"halfbyte: CUDA for sm_{', sm_'.join(archs)} with {nvcc}", file=sys.stderr)
 
 

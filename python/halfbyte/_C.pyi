@@ -94,7 +94,9 @@ class Params4bit:
 class Linear4bit:
     """y = x W^T + b for a 4-bit W [rows, depth]. Callable (vectorcall)."""
 
-    def __new__(cls, weight: Params4bit, bias: Array | None = None, compute: Compute = "float32") -> Linear4bit: ...
+    def __new__(
+        cls, weight: Params4bit, bias: Array | None = None, compute: Compute = "float32"
+    ) -> Linear4bit: ...
     @classmethod
     def from_float(
         cls,
@@ -345,7 +347,9 @@ def quantize_rows_int8(
     """x [..., depth] -> (codes int8, shape of x; scale float32 [rows]; outlier columns bool [depth],
     or None when threshold is 0)."""
 
-def dequantize_rows_int8(codes: Array, scale: Array, /, dtype: Any = "float32", *, out: Array | None = None) -> Array: ...
+def dequantize_rows_int8(
+    codes: Array, scale: Array, /, dtype: Any = "float32", *, out: Array | None = None
+) -> Array: ...
 def matmul_int8(a: Array, b: Array, /, *, out: Array | None = None) -> Array:
     """a int8 [..., depth], b int8 [rows, depth] -> int32 [..., rows], exact."""
 
@@ -360,12 +364,15 @@ def linear_8bit(
     *,
     out: Array | None = None,
 ) -> Array: ...
-def linear_8bit_grad_input(dy: Array, codes: Array, scale: Array, /, *, out: Array | None = None) -> Array: ...
+def linear_8bit_grad_input(
+    dy: Array, codes: Array, scale: Array, /, *, out: Array | None = None
+) -> Array: ...
 def codebook(quant_type: QuantType, /) -> Array:
     """float32 numpy [16]."""
 
 def map8(name: str, /) -> Array:
-    """float32 numpy [256], ascending: "dynamic", "dynamic_unsigned", "linear", "fp8_e4m3", "fp8_e5m2", "normal"."""
+    """float32 numpy [256], ascending: "dynamic", "dynamic_unsigned", "linear", "fp8_e4m3", "fp8_e5m2",
+    "normal"."""
 
 def cpu_info() -> dict[str, Any]:
     """{"detected": str, "used": str, "threads": int}."""
