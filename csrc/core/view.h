@@ -48,5 +48,8 @@ static inline bool hb_view_is_contiguous(const hb_view *view)
 void hb_view_gather(const hb_view *source, void *target);
 // The reverse: row-major `source` into the strided `target`.
 void hb_view_scatter(const void *source, const hb_view *target);
+// The same for elements [first, first + n) of the row-major order only.
+void hb_view_gather_range(const hb_view *source, int64_t first, int64_t n, void *target);
+void hb_view_scatter_range(const void *source, const hb_view *target, int64_t first, int64_t n);
 
 #endif

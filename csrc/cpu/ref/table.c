@@ -2,5 +2,5 @@
 
 void hb_table_ref(hb_kernels *kernels)
 {
-    (void)kernels;
+    HB_SET_CODEC(kernels->codec, ref);
 }

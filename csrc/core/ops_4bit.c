@@ -1,0 +1,219 @@
+// Quantize and dequantize of the 4-bit codebook formats, and the nesting of their scales.
+//
+//   x ~ value[code] * absmax[b]                     absmax[b] = max |x| over block b, float32
+//   absmax[b] ~ map[q[b]] * absmax2[b / 256] + offset           ("double quantization", nested)
+//
+// Layout: ops.h. Source: QLoRA (arXiv:2305.14314) §3. Accuracy: exact functions of the bits, the
+// same for every thread count and ISA. Scale search (HB_SCALES_SEARCH) stores, instead of absmax,
+// the one of 19 candidates absmax * f, f = 0.70, 0.72, ..., 1.06, with the least squared error of
+// the block (kernels_codec.h fixes the order of summation; f = 1 wins ties). A searched scale below
+// absmax clips the largest elements to the end codes; any reader of the layout decodes it.
+#include "core/pieces.h"
+
+static const float search_factors[] = {1.00f, 0.70f, 0.72f, 0.74f, 0.76f, 0.78f, 0.80f,
+                                       0.82f, 0.84f, 0.86f, 0.88f, 0.90f, 0.92f, 0.94f,
+                                       0.96f, 0.98f, 1.02f, 1.04f, 1.06f};
+enum { SEARCH_COUNT = sizeof search_factors / sizeof *search_factors };
+
+typedef struct {
+    const hb_kernels_codec *codec;
+    const hb_view *x;
+    bool contiguous;
+    hb_format4 format;
+    int64_t blocksize, n;
+    hb_scales scales;
+    uint8_t *packed;
+    float *absmax;
+} quantize_job;
+
+// Replaces the scale of one block by a better one. Blocks that are all zero or hold NaN or infinity
+// keep absmax, and so does one whose errors all overflow or vanish.
+static float search_scale(const quantize_job *job, const void *x, int64_t first, int64_t n,
+                          float absmax)
+{
+    if (!(absmax > 0.0f && absmax <= 0x1.fffffep127f)) return absmax;
+    float widened[HB_PIECE];
+    const float *values = (const float *)x + first;
+    if (job->x->dtype != HB_F32) {
+        for (int64_t i = 0; i < n; i++) widened[i] = hb_load_f32(x, first + i, job->x->dtype);
+        values = widened;
+    }
+    float candidates[SEARCH_COUNT];
+    int count = 0;
+    for (int c = 0; c < SEARCH_COUNT; c++) {
+        float candidate = absmax * search_factors[c];
+        if (candidate > 0.0f && candidate <= 0x1.fffffep127f) candidates[count++] = candidate;
+    }
+    return candidates[job->codec->search4(values, NULL, n, job->format, candidates, count)];
+}
+
+static void quantize_chunks(void *arg, int64_t begin, int64_t end, int lane)
+{
+    (void)lane;
+    const quantize_job *job = arg;
+    const hb_dtype io = job->x->dtype;
+    _Alignas(64) uint8_t scratch[HB_PIECE_BYTES];
+    int64_t stop = hb_min_i64(end * HB_CHUNK, job->n);
+    for (int64_t first = begin * HB_CHUNK; first < stop; first += HB_PIECE) {
+        int64_t n = hb_min_i64(HB_PIECE, stop - first);
+        const void *x = hb_piece_in(job->x, job->contiguous, first, n, scratch);
+        float *absmax = job->absmax + first / job->blocksize;
+        job->codec->absmax[io](x, n, job->blocksize, absmax);
+        if (job->scales == HB_SCALES_SEARCH) {
+            for (int64_t i = 0; i < n; i += job->blocksize, absmax++)
+                *absmax = search_scale(job, x, i, hb_min_i64(job->blocksize, n - i), *absmax);
+            absmax = job->absmax + first / job->blocksize;
+        }
+        job->codec->encode4[io](x, n, job->format, job->blocksize, absmax, job->packed + first / 2);
+    }
+}
+
+hb_status hb_quantize_4bit(hb_context *context, const hb_view *x, hb_format4 format,
+                           int64_t blocksize, hb_scales scales, uint8_t *packed, float *absmax,
+                           hb_error *error)
+{
+    HB_TRY(hb_check_view(error, "quantize_4bit", "x", x, false));
+    HB_CHECK(error, (unsigned)format < HB_CODEBOOK_COUNT, HB_ERR_VALUE,
+             "quantize_4bit: format is %d, expected 0 (nf4) or 1 (fp4)", (int)format);
+    HB_CHECK(error, hb_blocksize4_is_valid(blocksize), HB_ERR_VALUE,
+             "quantize_4bit: blocksize is %lld, expected a power of two from 32 to 4096",
+             (long long)blocksize);
+    HB_CHECK(error, scales == HB_SCALES_ABSMAX || scales == HB_SCALES_SEARCH, HB_ERR_VALUE,
+             "quantize_4bit: scales is %d, expected 0 (absmax) or 1 (search)", (int)scales);
+    quantize_job job = {&context->kernels.codec,
+                        x,
+                        hb_view_is_contiguous(x),
+                        format,
+                        blocksize,
+                        hb_view_numel(x),
+                        scales,
+                        packed,
+                        absmax};
+    hb_parallel_for(context->pool, hb_ceil_div(job.n, HB_CHUNK), quantize_chunks, &job);
+    return HB_OK;
+}
+
+typedef struct {
+    const hb_context *context;
+    const hb_tensor4 *w;
+    int64_t start, n;
+    const hb_view *out;
+    bool contiguous, stream;
+} dequantize_job;
+
+static void dequantize_chunks(void *arg, int64_t begin, int64_t end, int lane)
+{
+    (void)lane;
+    const dequantize_job *job = arg;
+    const hb_tensor4 *w = job->w;
+    _Alignas(64) uint8_t scratch[HB_PIECE_BYTES];
+    float expanded[HB_PIECE / 32 + 1];
+    int64_t stop = hb_min_i64(end * HB_CHUNK, job->n);
+    for (int64_t first = begin * HB_CHUNK; first < stop; first += HB_PIECE) {
+        int64_t n = hb_min_i64(HB_PIECE, stop - first);
+        int64_t element = job->start + first;
+        int64_t block = element / w->blocksize;
+        const float *absmax = expanded;
+        if (w->absmax != NULL)
+            absmax = w->absmax + block;
+        else
+            hb_expand_absmax(job->context, w, block, (element + n - 1) / w->blocksize - block + 1,
+                             expanded);
+        // The kernel counts elements and blocks from the beginning of this block.
+        void *out = hb_piece_out(job->out, job->contiguous, first, scratch);
+        job->context->kernels.codec.decode4[job->out->dtype](
+            w->packed + block * (w->blocksize / 2), element - block * w->blocksize, n, w->format,
+            w->blocksize, absmax, out, job->stream);
+        hb_piece_out_done(job->out, job->contiguous, first, n, scratch);
+    }
+}
+
+hb_status hb_dequantize_4bit(hb_context *context, const hb_tensor4 *w, int64_t start,
+                             const hb_view *out, hb_error *error)
+{
+    HB_TRY(hb_check_view(error, "dequantize_4bit", "out", out, true));
+    HB_CHECK(error, (unsigned)w->format < HB_CODEBOOK_COUNT, HB_ERR_VALUE,
+             "dequantize_4bit: format is %d, expected 0 (nf4) or 1 (fp4)", (int)w->format);
+    HB_CHECK(error, hb_blocksize4_is_valid(w->blocksize), HB_ERR_VALUE,
+             "dequantize_4bit: blocksize is %lld, expected a power of two from 32 to 4096",
+             (long long)w->blocksize);
+    HB_CHECK(error, w->absmax != NULL || w->nested_blocksize >= 1, HB_ERR_VALUE,
+             "dequantize_4bit: nested_blocksize is %lld, expected at least 1",
+             (long long)w->nested_blocksize);
+    int64_t n = hb_view_numel(out);
+    HB_CHECK(error, start >= 0 && start <= w->numel && n <= w->numel - start, HB_ERR_VALUE,
+             "dequantize_4bit: out covers elements %lld to %lld, expected within the tensor's %lld",
+             (long long)start, (long long)(start + n), (long long)w->numel);
+    bool contiguous = hb_view_is_contiguous(out);
+    bool stream = contiguous && hb_wants_streaming(n * (int64_t)hb_dtype_bytes(out->dtype));
+    dequantize_job job = {context, w, start, n, out, contiguous, stream};
+    hb_parallel_for(context->pool, hb_ceil_div(n, HB_CHUNK), dequantize_chunks, &job);
+    return HB_OK;
+}
+
+typedef struct {
+    const hb_kernels_codec *codec;
+    const float *absmax;
+    int64_t n, blocksize;
+    float offset;
+    hb_search8 search;
+    uint8_t *codes;
+    float *nested_absmax;
+} nest_job;
+
+static void nest_blocks(void *arg, int64_t begin, int64_t end, int lane)
+{
+    (void)lane;
+    const nest_job *job = arg;
+    float centred[HB_PIECE];
+    for (int64_t b = begin; b < end; b++) {
+        int64_t first = b * job->blocksize;
+        int64_t n = hb_min_i64(job->blocksize, job->n - first);
+        for (int64_t i = 0; i < n; i++) centred[i] = job->absmax[first + i] - job->offset;
+        job->codec->absmax[HB_F32](centred, n, n, job->nested_absmax + b);
+        job->codec->encode8[HB_F32](centred, n, &job->search, n, job->nested_absmax + b,
+                                    job->codes + first);
+    }
+}
+
+hb_status hb_nest_absmax(hb_context *context, const float *absmax, int64_t n,
+                         int64_t nested_blocksize, uint8_t *codes, float *nested_absmax,
+                         float *offset, hb_error *error)
+{
+    HB_CHECK(error, nested_blocksize >= 1 && nested_blocksize <= HB_PIECE, HB_ERR_VALUE,
+             "nest_absmax: nested_blocksize is %lld, expected 1 to %d", (long long)nested_blocksize,
+             (int)HB_PIECE);
+    // The mean in float64, in an order that does not depend on threads, rounded once.
+    double sum[8] = {0};
+    for (int64_t i = 0; i < n; i++) sum[i % 8] += (double)absmax[i];
+    double total =
+        ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+    float map[256];
+    hb_map8_fill(HB_MAP_DYNAMIC, map);
+    nest_job job = {.codec = &context->kernels.codec,
+                    .absmax = absmax,
+                    .n = n,
+                    .blocksize = nested_blocksize,
+                    .offset = n > 0 ? (float)(total / (double)n) : 0.0f,
+                    .codes = codes,
+                    .nested_absmax = nested_absmax};
+    hb_search8_init(&job.search, map);
+    *offset = job.offset;
+    hb_parallel_for(context->pool, hb_ceil_div(n, nested_blocksize), nest_blocks, &job);
+    return HB_OK;
+}
+
+void hb_expand_absmax(const hb_context *context, const hb_tensor4 *w, int64_t first, int64_t n,
+                      float *absmax)
+{
+    (void)context;
+    if (w->absmax != NULL) {
+        if (n > 0) memcpy(absmax, w->absmax + first, (size_t)n * sizeof *absmax);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float scaled = w->nested_map[w->absmax_codes[first + i]] *
+                       w->nested_absmax[(first + i) / w->nested_blocksize];
+        absmax[i] = scaled + w->nested_offset; // two roundings: the product is not fused
+    }
+}
