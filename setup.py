@@ -37,12 +37,11 @@ AVX512 = AVX2 + [
 ]
 VNNI = AVX512 + ["-mavx512vnni"]
 VBMI = VNNI + ["-mavx512vbmi", "-mavx512vbmi2"]
-ISA_FLAGS = {"ref": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512vnni": VNNI, "avx512vbmi": VBMI,
-                  "avx512bf16": VBMI + ["-mavx512bf16"]}  # fmt: skip
-elif platform.machine() in ("aarch64", "arm64"):
-    ISA_FLAGS |= {"neon": []}
+X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": VNNI, "avx512vbmi": VBMI,
+             "avx512bf16": VBMI + ["-mavx512bf16"]}  # fmt: skip
+ARM_FLAGS = {"neon": []}
+FLAGS_OF_MACHINE = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
+ISA_FLAGS = {"ref": []} | FLAGS_OF_MACHINE.get(platform.machine(), {})
 
 
 def sources(pattern):
@@ -130,16 +129,17 @@ LINK = ["-pthread", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else ["
 if SANITIZE:
     LINK += ["-fsanitize=address,undefined"]
 
-setup(
-    libraries=LIBRARIES,
-    ext_modules=[
-        Extension(
-            "halfbyte._C",
-            sources("csrc/python/*.c"),
-            libraries=[name for name, _ in LIBRARIES] + (["dl"] if sys.platform == "linux" else []),
-            extra_compile_args=COMMON,
-            extra_link_args=LINK,
-        )
-    ],
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":  # tests/c/build.py reads the flags from here
+    setup(
+        libraries=LIBRARIES,
+        ext_modules=[
+            Extension(
+                "halfbyte._C",
+                sources("csrc/python/*.c"),
+                libraries=[name for name, _ in LIBRARIES] + (["dl"] if sys.platform == "linux" else []),
+                extra_compile_args=COMMON,
+                extra_link_args=LINK,
+            )
+        ],
+        cmdclass={"build_ext": BuildExt},
+    )

@@ -1,22 +1,30 @@
 // The ladder: reference first, then each better ISA overwrites. Folders that this architecture
-// cannot compile are left out by the build (HB_ARCH_*), which tests/c overrides to emulate them.
+// cannot compile are left out; tests/c sets HB_WITH_* itself where it emulates them.
 #include "core/cpu.h"
 #include "core/kernels.h"
 
-#if !defined(HB_WITH_X86) && (defined(__x86_64__) || defined(_M_X64))
+#if !defined(HB_WITH_X86)
+#if defined(__x86_64__) || defined(_M_X64)
 #define HB_WITH_X86 1
+#else
+#define HB_WITH_X86 0
 #endif
-#if !defined(HB_WITH_NEON) && defined(__aarch64__)
+#endif
+#if !defined(HB_WITH_NEON)
+#if defined(__aarch64__)
 #define HB_WITH_NEON 1
+#else
+#define HB_WITH_NEON 0
+#endif
 #endif
 
 void hb_kernels_init(hb_kernels *kernels, uint32_t cpu_flags)
 {
     hb_table_ref(kernels);
-#ifdef HB_WITH_NEON
+#if HB_WITH_NEON
     if (cpu_flags & HB_CPU_NEON) hb_table_neon(kernels);
 #endif
-#ifdef HB_WITH_X86
+#if HB_WITH_X86
     if (cpu_flags & HB_CPU_AVX2) hb_table_avx2(kernels);
     if (cpu_flags & HB_CPU_AVX512) hb_table_avx512(kernels);
     if (cpu_flags & HB_CPU_AVX512VNNI) hb_table_avx512vnni(kernels);
