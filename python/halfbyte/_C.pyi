@@ -260,11 +260,13 @@ def quantize_4bit(
     blocksize: int = 64,
     scales: Scales = "absmax",
     *,
+    dtype: Any = None,
     packed: Array | None = None,
     absmax: Array | None = None,
 ) -> tuple[Array, Array]:
     """-> (packed uint8 [(n + 1) // 2], absmax float32 [ceil(n / blocksize)]), written to `packed` and
-    `absmax` when given (any contiguous tensor of that many bytes / float32)."""
+    `absmax` when given (any contiguous tensor of that many bytes / float32). `dtype="bfloat16"` says
+    that a uint16 `x` holds bfloat16; otherwise x's own dtype counts."""
 
 def dequantize_4bit(
     packed: Array,
@@ -342,7 +344,13 @@ def dequantize_8bit(
     out: Array | None = None,
 ) -> Array: ...
 def quantize_rows_int8(
-    x: Array, /, threshold: float = 0.0, *, codes: Array | None = None, scale: Array | None = None
+    x: Array,
+    /,
+    threshold: float = 0.0,
+    *,
+    dtype: Any = None,
+    codes: Array | None = None,
+    scale: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """x [..., depth] -> (codes int8, shape of x; scale float32 [rows]; outlier columns bool [depth],
     or None when threshold is 0)."""
