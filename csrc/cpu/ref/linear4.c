@@ -1,0 +1,202 @@
+// Products with 4-bit weights in plain C: the meaning of every member of hb_linear4_set.
+//
+// Both sets keep x and panels in float32 (the bfloat16 set holds values that are bfloat16 numbers),
+// x in plain order, and sum in double within a call: one rounding per dot, one per panel in a tile.
+#include "core/kernels_linear4.h"
+
+enum { TILE_ROWS = 4, TILE_COLS = 16, PANEL_STEPS = 128, DOT_ROWS = 4 };
+
+static inline float rounded_to_bf16(float value)
+{
+    return hb_f32_from_bf16(hb_bf16_from_f32(value));
+}
+
+static inline unsigned code_at(const hb_matrix4 *w, int64_t row, int64_t column)
+{
+    uint8_t byte = w->packed[row * w->row_bytes + column / 2];
+    return column % 2 == 0 ? byte >> 4 : byte & 15;
+}
+
+static inline float scale_at(const hb_matrix4 *w, int64_t row, int64_t column)
+{
+    return w->absmax[row * w->absmax_stride + column / w->blocksize];
+}
+
+static void permute_x(const void *x, hb_dtype dtype, int64_t depth, bool bf16, float *permuted)
+{
+    int64_t padded = hb_ceil_div(depth, HB_LINEAR4_X_GROUP) * HB_LINEAR4_X_GROUP;
+    for (int64_t k = 0; k < padded; k++) {
+        float value = k < depth ? hb_load_f32(x, k, dtype) : 0.0f;
+        permuted[k] = bf16 ? rounded_to_bf16(value) : value;
+    }
+}
+
+static void dot(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const float *permuted, int n_x,
+                const float *codebook, float *y, int64_t y_stride)
+{
+    int64_t padded = hb_ceil_div(depth, HB_LINEAR4_X_GROUP) * HB_LINEAR4_X_GROUP;
+    int64_t step = w->blocksize < depth ? w->blocksize : depth;
+    for (int64_t r = 0; r < n_rows; r++) {
+        double total[DOT_ROWS] = {0};
+        for (int64_t first = 0; first < depth; first += step) {
+            int64_t last = first + step < depth ? first + step : depth;
+            double sum[DOT_ROWS] = {0};
+            for (int64_t k = first; k < last; k++) {
+                double value = codebook[code_at(w, r, k)];
+                for (int t = 0; t < n_x; t++) sum[t] += value * permuted[t * padded + k];
+            }
+            double scale = scale_at(w, r, first);
+            for (int t = 0; t < n_x; t++) total[t] += sum[t] * scale;
+        }
+        for (int t = 0; t < n_x; t++) y[t * y_stride + r] = (float)total[t];
+    }
+}
+
+static void pack_x(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int64_t steps,
+                   bool bf16, float *packed)
+{
+    for (int64_t s = 0; s < steps; s++)
+        for (int t = 0; t < TILE_ROWS; t++) {
+            float value = t < n_x ? hb_load_f32(x, t * x_stride + s, dtype) : 0.0f;
+            packed[s * TILE_ROWS + t] = bf16 ? rounded_to_bf16(value) : value;
+        }
+}
+
+static void decode_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, bool bf16, float *panel)
+{
+    for (int64_t r = 0; r < TILE_COLS; r++)
+        for (int64_t k = 0; k < depth; k++) {
+            float value = 0.0f;
+            if (r < n_rows) value = w->codebook[code_at(w, r, k)] * scale_at(w, r, k);
+            panel[k * TILE_COLS + r] = bf16 ? rounded_to_bf16(value) : value;
+        }
+}
+
+static void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, bool bf16, float *panel)
+{
+    for (int64_t r = 0; r < n_rows; r++)
+        for (int64_t c = 0; c < TILE_COLS; c++) {
+            float value = 0.0f;
+            if (c < n_cols) value = w->codebook[code_at(w, r, c)] * scale_at(w, r, c);
+            panel[r * TILE_COLS + c] = bf16 ? rounded_to_bf16(value) : value;
+        }
+}
+
+// ---- float32 set ------------------------------------------------------------------------------
+
+static void hb_linear4_permute_x_f32_ref(const void *x, hb_dtype dtype, int64_t depth, void *permuted)
+{
+    permute_x(x, dtype, depth, false, permuted);
+}
+
+static void hb_linear4_dot_f32_ref(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
+                                   const void *permuted, int n_x, float *y, int64_t y_stride)
+{
+    dot(w, n_rows, depth, permuted, n_x, w->codebook, y, y_stride);
+}
+
+static void hb_linear4_pack_x_f32_ref(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
+                                      int64_t steps, void *packed)
+{
+    pack_x(x, dtype, x_stride, n_x, steps, false, packed);
+}
+
+static void hb_linear4_decode_rows_f32_ref(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
+                                           void *panel)
+{
+    decode_rows(w, n_rows, depth, false, panel);
+}
+
+static void hb_linear4_decode_cols_f32_ref(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
+                                           void *panel)
+{
+    decode_cols(w, n_rows, n_cols, false, panel);
+}
+
+static void hb_linear4_tile_f32_ref(const void *packed, const void *panel, int64_t steps, int n_x,
+                                    bool accumulate, float *sums)
+{
+    const float *x = packed, *w = panel;
+    for (int t = 0; t < n_x; t++) {
+        double sum[TILE_COLS] = {0};
+        for (int64_t s = 0; s < steps; s++) {
+            double value = x[s * TILE_ROWS + t];
+            for (int c = 0; c < TILE_COLS; c++) sum[c] += value * w[s * TILE_COLS + c];
+        }
+        for (int c = 0; c < TILE_COLS; c++) {
+            float *target = &sums[t * TILE_COLS + c];
+            *target = accumulate ? (float)(*target + sum[c]) : (float)sum[c];
+        }
+    }
+}
+
+// ---- bfloat16 set -----------------------------------------------------------------------------
+
+static void hb_linear4_permute_x_bf16_ref(const void *x, hb_dtype dtype, int64_t depth,
+                                          void *permuted)
+{
+    permute_x(x, dtype, depth, true, permuted);
+}
+
+static void hb_linear4_dot_bf16_ref(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
+                                    const void *permuted, int n_x, float *y, int64_t y_stride)
+{
+    float codebook[16];
+    for (int i = 0; i < 16; i++) codebook[i] = rounded_to_bf16(w->codebook[i]);
+    dot(w, n_rows, depth, permuted, n_x, codebook, y, y_stride);
+}
+
+static void hb_linear4_pack_x_bf16_ref(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
+                                       int64_t steps, void *packed)
+{
+    pack_x(x, dtype, x_stride, n_x, steps, true, packed);
+}
+
+static void hb_linear4_decode_rows_bf16_ref(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
+                                            void *panel)
+{
+    decode_rows(w, n_rows, depth, true, panel);
+}
+
+static void hb_linear4_decode_cols_bf16_ref(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
+                                            void *panel)
+{
+    decode_cols(w, n_rows, n_cols, true, panel);
+}
+
+// ---- both -------------------------------------------------------------------------------------
+
+static void hb_linear4_finish_ref(const float *sums, const float *bias, int64_t n, hb_dtype dtype,
+                                  void *y)
+{
+    for (int64_t i = 0; i < n; i++)
+        hb_store_f32(y, i, dtype, bias != NULL ? sums[i] + bias[i] : sums[i]);
+}
+
+void hb_linear4_table_ref(hb_kernels_linear4 *kernels)
+{
+    hb_linear4_set set = {
+        .dot_rows = DOT_ROWS,
+        .dot_until = DOT_ROWS,
+        .tile_rows = TILE_ROWS,
+        .tile_cols = TILE_COLS,
+        .panel_steps = PANEL_STEPS,
+        .pair = 1,
+        .element_bytes = sizeof(float),
+        .permute_x = hb_linear4_permute_x_f32_ref,
+        .dot = hb_linear4_dot_f32_ref,
+        .pack_x = hb_linear4_pack_x_f32_ref,
+        .decode_rows = hb_linear4_decode_rows_f32_ref,
+        .decode_cols = hb_linear4_decode_cols_f32_ref,
+        .tile = hb_linear4_tile_f32_ref,
+    };
+    for (int c = 0; c < HB_LINEAR4_MAX_TILE_COLS; c++) set.column_order[c] = (uint8_t)c;
+    kernels->f32 = set;
+    set.permute_x = hb_linear4_permute_x_bf16_ref;
+    set.dot = hb_linear4_dot_bf16_ref;
+    set.pack_x = hb_linear4_pack_x_bf16_ref;
+    set.decode_rows = hb_linear4_decode_rows_bf16_ref;
+    set.decode_cols = hb_linear4_decode_cols_bf16_ref;
+    kernels->bf16 = set;
+    kernels->finish = hb_linear4_finish_ref;
+}
