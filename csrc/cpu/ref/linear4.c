@@ -72,7 +72,8 @@ static void decode_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, bool
         }
 }
 
-static void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, bool bf16, float *panel)
+static void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, bool bf16,
+                        float *panel)
 {
     for (int64_t r = 0; r < n_rows; r++)
         for (int64_t c = 0; c < TILE_COLS; c++) {
@@ -84,7 +85,8 @@ static void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, boo
 
 // ---- float32 set ------------------------------------------------------------------------------
 
-static void hb_linear4_permute_x_f32_ref(const void *x, hb_dtype dtype, int64_t depth, void *permuted)
+static void hb_linear4_permute_x_f32_ref(const void *x, hb_dtype dtype, int64_t depth,
+                                         void *permuted)
 {
     permute_x(x, dtype, depth, false, permuted);
 }

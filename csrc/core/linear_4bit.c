@@ -1,0 +1,565 @@
+// y = x W^T + b and dx = dy W, W in 4 bits straight from the bitsandbytes layout.
+//
+// Both are one product: sums[m, o] = sum_s x[m, s] * weight(o, s), with outputs o the rows of W and
+// steps s its columns (forward), or the reverse (backward). Rows of x are taken in passes that keep
+// packed x within PACKED_BYTES; within a pass the outputs are split over the pool and every lane
+// has its own panel, sums and scales in one allocation made per call. The sum over s is never split
+// and its order is fixed by the panel size: results do not depend on the number of threads.
+//
+// A block of W that straddles rows still has one scale on every run of gcd(depth, blocksize)
+// columns: with at least 32 of them W is read as if quantized with that block size, its scales
+// copied out per range of rows (as nested scales are). Otherwise (depth no multiple of 32) elements
+// are decoded one by one into the same panels.
+#include "core/ops.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+
+enum {
+    PACKED_BYTES = 8 << 20, // most that packed x takes, if one tile fits
+    STACK_BYTES = 8 << 10,  // scratch up to this size is not allocated
+    SERIAL_BYTES = 1 << 20, // work (bytes of weights, weighted with rows of x) worth a thread
+    DOT_CHUNK_ROWS = 64,    // rows of W per chunk of the dot regime
+    DOT_SCALE_ROWS = 16,    // of which so many have their scales expanded at a time
+    MIN_BLOCKSIZE = 32,     // what kernels take
+};
+
+// A view as a matrix: all dimensions but the last are rows.
+typedef struct {
+    const hb_view *view;
+    int64_t rows, cols, col_stride;
+} matrix;
+
+typedef struct {
+    hb_context *context;
+    const hb_linear4_set *set;
+    const hb_tensor4 *w;
+    bool backward, bf16;
+    int64_t blocksize; // that kernels see: power of two >= 32 dividing depth; 0: element by element
+    bool expand;       // scales are copied out (nested, or blocks straddle rows)
+    matrix x, y;
+    int64_t steps, outputs;
+    const float *bias; // [outputs] or NULL
+
+    int64_t m_begin, m_count; // rows of x in this pass
+    int64_t tiles_per_chunk;  // panel regime: tiles of x that one chunk multiplies
+    int64_t m_chunks;
+
+    unsigned char *packed;   // x of this pass, permuted or in tiles
+    int64_t packed_stride;   // bytes from one row (dot) or tile (panel) to the next
+    unsigned char *gathered; // x of this pass, contiguous rows, when x has strides
+    unsigned char *lanes;
+    int64_t lane_bytes, sums_at, scales_at; // in a lane: panel, sums, scales
+
+    _Alignas(64) float codebook[16];
+} product;
+
+static int64_t round_up(int64_t n, int64_t multiple)
+{
+    return hb_ceil_div(n, multiple) * multiple;
+}
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+// ---- views as matrices ------------------------------------------------------------------------
+
+static matrix matrix_of(const hb_view *view)
+{
+    int last = view->ndim - 1;
+    matrix m = {
+        .view = view, .rows = 1, .cols = view->shape[last], .col_stride = view->stride[last]};
+    for (int d = 0; d < last; d++) m.rows *= view->shape[d];
+    if (m.cols == 1) m.col_stride = 1;
+    return m;
+}
+
+// Offset in elements of row `row`.
+static int64_t row_offset(const matrix *m, int64_t row)
+{
+    int64_t offset = 0;
+    for (int d = m->view->ndim - 2; d >= 0; d--) {
+        int64_t size = m->view->shape[d];
+        offset += row % size * m->view->stride[d];
+        row /= size;
+    }
+    return offset;
+}
+
+static unsigned char *element(const matrix *m, int64_t offset)
+{
+    return (unsigned char *)m->view->data + offset * (int64_t)hb_dtype_bytes(m->view->dtype);
+}
+
+// Rows [begin, begin + n) as contiguous elements behind one another? Then *stride is their
+// distance.
+static bool rows_are_regular(const matrix *m, int64_t begin, int64_t n, int64_t *stride)
+{
+    *stride = n > 1 ? row_offset(m, begin + 1) - row_offset(m, begin) : m->cols;
+    if (m->col_stride != 1) return false;
+    if (m->view->ndim <= 2) return true;
+    for (int64_t i = 2; i < n; i++)
+        if (row_offset(m, begin + i) - row_offset(m, begin + i - 1) != *stride) return false;
+    return true;
+}
+
+static void gather_row(const matrix *m, int64_t row, void *target)
+{
+    int64_t offset = row_offset(m, row);
+    if (hb_dtype_bytes(m->view->dtype) == 4) {
+        for (int64_t i = 0; i < m->cols; i++)
+            ((uint32_t *)target)[i] = *(const uint32_t *)element(m, offset + i * m->col_stride);
+    } else {
+        for (int64_t i = 0; i < m->cols; i++)
+            ((uint16_t *)target)[i] = *(const uint16_t *)element(m, offset + i * m->col_stride);
+    }
+}
+
+// ---- weights ----------------------------------------------------------------------------------
+
+// Scales of columns [column, column + n * blocksize) of one row, one per `blocksize` columns.
+static void expand_scales(const product *p, int64_t row, int64_t column, int64_t n, float *scales)
+{
+    const hb_tensor4 *w = p->w;
+    int64_t start = row * w->depth + column;
+    int64_t first = start / w->blocksize;
+    int64_t last = (start + (n - 1) * p->blocksize) / w->blocksize;
+    hb_expand_absmax(p->context, w, first, last - first + 1, scales);
+    if (p->blocksize == w->blocksize) return;
+    // Copied within the same array, from the end: a scale's source never lies behind its place.
+    for (int64_t i = n - 1; i >= 0; i--)
+        scales[i] = scales[(start + i * p->blocksize) / w->blocksize - first];
+}
+
+// Rows [row, ..) and columns [column, ..) of W; scales (expanded, or NULL) begin at that row and at
+// `scale_column`.
+static hb_matrix4 block_of(const product *p, int64_t row, int64_t column, const float *scales,
+                           int64_t scales_stride, int64_t scale_column)
+{
+    const hb_tensor4 *w = p->w;
+    hb_matrix4 block = {
+        .packed = w->packed + (row * w->depth + column) / 2,
+        .row_bytes = w->depth / 2,
+        .blocksize = p->blocksize,
+        .codebook = p->codebook,
+    };
+    if (p->expand) {
+        block.absmax = scales + (column - scale_column) / p->blocksize;
+        block.absmax_stride = scales_stride;
+    } else {
+        block.absmax = w->absmax + (row * w->depth + column) / w->blocksize;
+        block.absmax_stride = w->depth / w->blocksize;
+    }
+    return block;
+}
+
+// Any depth: weights of n_rows x n_cols from (row, column) into a panel, one by one.
+static void decode_elements(const product *p, int64_t row, int64_t n_rows, int64_t column,
+                            int64_t n_cols, float *scales, unsigned char *panel)
+{
+    const hb_tensor4 *w = p->w;
+    const hb_linear4_set *set = p->set;
+    int64_t n_steps = round_up(p->backward ? n_rows : n_cols, set->pair);
+    memset(panel, 0, (size_t)(n_steps * set->tile_cols * set->element_bytes));
+    uint8_t place_of[HB_LINEAR4_MAX_TILE_COLS];
+    for (int c = 0; c < set->tile_cols; c++) place_of[set->column_order[c]] = (uint8_t)c;
+    for (int64_t r = 0; r < n_rows; r++) {
+        int64_t start = (row + r) * w->depth + column;
+        int64_t first_block = start / w->blocksize;
+        int64_t last_block = (start + n_cols - 1) / w->blocksize;
+        hb_expand_absmax(p->context, w, first_block, last_block - first_block + 1, scales);
+        for (int64_t c = 0; c < n_cols; c++) {
+            int64_t i = start + c;
+            unsigned code = i % 2 == 0 ? w->packed[i / 2] >> 4 : w->packed[i / 2] & 15u;
+            float value = p->codebook[code] * scales[i / w->blocksize - first_block];
+            int64_t step = p->backward ? r : c;
+            int64_t place = p->backward ? place_of[c] : r;
+            int64_t at = (step / set->pair * set->tile_cols + place) * set->pair + step % set->pair;
+            uint16_t half = hb_bf16_from_f32(value);
+            if (set->element_bytes == 2)
+                ((uint16_t *)panel)[at] = half;
+            else
+                ((float *)panel)[at] = p->bf16 ? hb_f32_from_bf16(half) : value;
+        }
+    }
+}
+
+// ---- results ----------------------------------------------------------------------------------
+
+// Outputs [begin, begin + n), n <= 64, of row m of y, from sums in natural order.
+static void store(const product *p, int64_t m, int64_t begin, int64_t n, const float *sums)
+{
+    const matrix *y = &p->y;
+    const hb_kernels_linear4 *kernels = &p->context->kernels.linear4;
+    const float *bias = p->bias != NULL ? p->bias + begin : NULL;
+    hb_dtype dtype = y->view->dtype;
+    int64_t offset = row_offset(y, m) + begin * y->col_stride;
+    if (y->col_stride == 1) {
+        kernels->finish(sums, bias, n, dtype, element(y, offset));
+        return;
+    }
+    _Alignas(64) float row[HB_LINEAR4_MAX_TILE_COLS];
+    kernels->finish(sums, bias, n, dtype, row);
+    size_t bytes = hb_dtype_bytes(dtype);
+    for (int64_t i = 0; i < n; i++)
+        memcpy(element(y, offset + i * y->col_stride), (unsigned char *)row + (size_t)i * bytes,
+               bytes);
+}
+
+// ---- dot regime -------------------------------------------------------------------------------
+
+static void dot_rows(const product *p, const hb_matrix4 *block, int64_t row, int64_t n_rows,
+                     float *sums)
+{
+    const hb_linear4_set *set = p->set;
+    for (int64_t m = 0; m < p->m_count; m += set->dot_rows) {
+        int n_x = (int)least(set->dot_rows, p->m_count - m);
+        set->dot(block, n_rows, p->steps, p->packed + m * p->packed_stride, n_x, sums,
+                 DOT_CHUNK_ROWS);
+        for (int t = 0; t < n_x; t++)
+            store(p, p->m_begin + m + t, row, n_rows, sums + t * DOT_CHUNK_ROWS);
+    }
+}
+
+static void dot_chunks(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const product *p = arg;
+    unsigned char *scratch = p->lanes + lane * p->lane_bytes;
+    float *sums = (float *)(scratch + p->sums_at);
+    float *scales = (float *)(scratch + p->scales_at);
+    int64_t stride = p->blocksize > 0 ? p->steps / p->blocksize : 0;
+    int64_t row_end = least(end * DOT_CHUNK_ROWS, p->outputs);
+    int64_t at_once = p->expand ? DOT_SCALE_ROWS : DOT_CHUNK_ROWS;
+    for (int64_t row = begin * DOT_CHUNK_ROWS; row < row_end; row += at_once) {
+        int64_t n_rows = least(at_once, row_end - row);
+        for (int64_t r = 0; p->expand && r < n_rows; r++)
+            expand_scales(p, row + r, 0, stride, scales + r * stride);
+        hb_matrix4 block = block_of(p, row, 0, scales, stride, 0);
+        dot_rows(p, &block, row, n_rows, sums);
+    }
+}
+
+static void permute_rows(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const product *p = arg;
+    (void)lane;
+    for (int64_t m = begin; m < end; m++) {
+        const void *row =
+            p->gathered != NULL
+                ? p->gathered + m * p->steps * (int64_t)hb_dtype_bytes(p->x.view->dtype)
+                : element(&p->x, row_offset(&p->x, p->m_begin + m));
+        if (p->gathered != NULL) gather_row(&p->x, p->m_begin + m, (void *)(uintptr_t)row);
+        p->set->permute_x(row, p->x.view->dtype, p->steps, p->packed + m * p->packed_stride);
+    }
+}
+
+// ---- panel regime -----------------------------------------------------------------------------
+
+// The panel of outputs [out, out + n_out) and steps [step, step + n_steps). Forward: `scales` holds
+// the expanded scales of these rows, all columns. Backward: it is scratch.
+static void decode_panel(const product *p, int64_t out, int64_t n_out, int64_t step,
+                         int64_t n_steps, float *scales, unsigned char *panel)
+{
+    if (p->blocksize == 0) {
+        if (p->backward)
+            decode_elements(p, step, n_steps, out, n_out, scales, panel);
+        else
+            decode_elements(p, out, n_out, step, n_steps, scales, panel);
+    } else if (p->backward) {
+        int64_t n_scales = hb_ceil_div(n_out, p->blocksize);
+        for (int64_t r = 0; p->expand && r < n_steps; r++)
+            expand_scales(p, step + r, out, n_scales, scales + r * n_scales);
+        hb_matrix4 block = block_of(p, step, out, scales, n_scales, out);
+        p->set->decode_cols(&block, n_steps, n_out, panel);
+    } else {
+        hb_matrix4 block = block_of(p, out, step, scales, p->steps / p->blocksize, 0);
+        p->set->decode_rows(&block, n_out, n_steps, panel);
+    }
+}
+
+static void multiply_panel(const product *p, int64_t out, int64_t tile_begin, int64_t tile_end,
+                           unsigned char *scratch)
+{
+    const hb_linear4_set *set = p->set;
+    const int64_t cols = set->tile_cols;
+    float *sums = (float *)(scratch + p->sums_at);
+    float *scales = (float *)(scratch + p->scales_at);
+    int64_t n_out = least(cols, p->outputs - out);
+    int64_t tile_sums = set->tile_rows * cols;
+
+    if (p->expand && !p->backward && p->blocksize > 0) {
+        int64_t stride = p->steps / p->blocksize;
+        for (int64_t r = 0; r < n_out; r++)
+            expand_scales(p, out + r, 0, stride, scales + r * stride);
+    }
+    if (p->steps == 0)
+        memset(sums, 0, (size_t)((tile_end - tile_begin) * tile_sums) * sizeof(float));
+    for (int64_t step = 0; step < p->steps; step += set->panel_steps) {
+        int64_t n_steps = least(set->panel_steps, p->steps - step);
+        decode_panel(p, out, n_out, step, n_steps, scales, scratch);
+        for (int64_t t = tile_begin; t < tile_end; t++) {
+            int n_x = (int)least(set->tile_rows, p->m_count - t * set->tile_rows);
+            const unsigned char *packed =
+                p->packed + t * p->packed_stride + step * set->tile_rows * set->element_bytes;
+            set->tile(packed, scratch, n_steps, n_x, step > 0, sums + (t - tile_begin) * tile_sums);
+        }
+    }
+    int64_t m_end = least(tile_end * set->tile_rows, p->m_count);
+    for (int64_t m = tile_begin * set->tile_rows; m < m_end; m++) {
+        const float *row = sums + (m - tile_begin * set->tile_rows) * cols;
+        _Alignas(64) float natural[HB_LINEAR4_MAX_TILE_COLS];
+        if (p->backward) {
+            for (int64_t c = 0; c < cols; c++) natural[set->column_order[c]] = row[c];
+            row = natural;
+        }
+        store(p, p->m_begin + m, out, n_out, row);
+    }
+}
+
+// A chunk is `outputs_per_chunk` outputs times tiles_per_chunk tiles of x.
+static int64_t outputs_per_chunk(const product *p)
+{
+    // Backward, two panels share each cache line of W: keep them on one thread.
+    return p->backward ? 2 * p->set->tile_cols : p->set->tile_cols;
+}
+
+static void panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const product *p = arg;
+    unsigned char *scratch = p->lanes + lane * p->lane_bytes;
+    int64_t n_tiles = hb_ceil_div(p->m_count, p->set->tile_rows);
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        int64_t out_begin = chunk / p->m_chunks * outputs_per_chunk(p);
+        int64_t out_end = least(out_begin + outputs_per_chunk(p), p->outputs);
+        int64_t tile_begin = chunk % p->m_chunks * p->tiles_per_chunk;
+        int64_t tile_end = least(tile_begin + p->tiles_per_chunk, n_tiles);
+        for (int64_t out = out_begin; out < out_end; out += p->set->tile_cols)
+            multiply_panel(p, out, tile_begin, tile_end, scratch);
+    }
+}
+
+static void pack_tiles(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const product *p = arg;
+    const int64_t bytes = (int64_t)hb_dtype_bytes(p->x.view->dtype);
+    (void)lane;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t m = t * p->set->tile_rows;
+        int n_x = (int)least(p->set->tile_rows, p->m_count - m);
+        int64_t stride;
+        const void *rows;
+        if (rows_are_regular(&p->x, p->m_begin + m, n_x, &stride)) {
+            rows = element(&p->x, row_offset(&p->x, p->m_begin + m));
+        } else {
+            for (int i = 0; i < n_x; i++)
+                gather_row(&p->x, p->m_begin + m + i, p->gathered + (m + i) * p->steps * bytes);
+            rows = p->gathered + m * p->steps * bytes;
+            stride = p->steps;
+        }
+        p->set->pack_x(rows, p->x.view->dtype, stride, n_x, p->steps,
+                       p->packed + t * p->packed_stride);
+    }
+}
+
+// ---- one call ---------------------------------------------------------------------------------
+
+static void run_chunks(const product *p, bool serial, int64_t n_chunks, hb_chunk_fn fn)
+{
+    if (serial || n_chunks <= 1)
+        fn((void *)(uintptr_t)p, 0, n_chunks, 0);
+    else
+        hb_parallel_for(p->context->pool, n_chunks, fn, (void *)(uintptr_t)p);
+}
+
+// Runs a prepared product: sizes the scratch, then pass by pass brings x into the kernels' layout
+// and multiplies. bias: as given by the caller.
+static hb_status run_product(product *p, const hb_view *bias, const char *function, hb_error *error)
+{
+    const hb_linear4_set *set = p->set;
+    const hb_tensor4 *w = p->w;
+    const int64_t rows = p->x.rows, item = (int64_t)hb_dtype_bytes(p->x.view->dtype);
+    if (rows == 0 || p->outputs == 0) return HB_OK;
+
+    const bool use_dot = !p->backward && p->blocksize > 0 && rows <= set->dot_until && p->steps > 0;
+    const bool serial = w->numel / 2 * (1 + rows / 2) < SERIAL_BYTES;
+    const int n_lanes = serial ? 1 : hb_pool_threads(p->context->pool);
+    // A unit is what is packed together: a row (dot) or a tile of rows.
+    const int64_t unit = use_dot ? 1 : set->tile_rows;
+    p->packed_stride =
+        unit * set->element_bytes * round_up(p->steps, use_dot ? HB_LINEAR4_X_GROUP : set->pair);
+    p->packed_stride = round_up(p->packed_stride, 64);
+    int64_t pass_units = hb_ceil_div(rows, unit);
+    if (!use_dot && p->packed_stride > 0)
+        pass_units =
+            least(pass_units, PACKED_BYTES / p->packed_stride + (PACKED_BYTES < p->packed_stride));
+    if (!use_dot) pass_units = least(pass_units, 256 / unit);
+    const int64_t pass_rows = least(pass_units * unit, rows);
+
+    int64_t stride;
+    const bool gather = !rows_are_regular(&p->x, 0, rows, &stride);
+    const int64_t group = use_dot ? DOT_CHUNK_ROWS : outputs_per_chunk(p);
+    const int64_t n_groups = hb_ceil_div(p->outputs, group);
+    const int64_t tiles = hb_ceil_div(pass_rows, set->tile_rows);
+    // Few outputs: split the rows of x too, into at least 4 chunks a lane if they are there.
+    p->m_chunks = use_dot ? 1 : least(tiles, hb_ceil_div(serial ? 1 : 4 * n_lanes, n_groups));
+    p->tiles_per_chunk = hb_ceil_div(tiles, p->m_chunks);
+    p->m_chunks = hb_ceil_div(tiles, p->tiles_per_chunk);
+
+    // Scratch: packed x, gathered x, bias, then per lane panel, sums, scales.
+    int64_t packed_bytes = pass_units * p->packed_stride;
+    int64_t gathered_bytes = gather ? round_up(pass_rows * p->steps * item, 64) : 0;
+    bool copy_bias =
+        bias != NULL && (bias->dtype != HB_F32 || (bias->stride[0] != 1 && p->outputs > 1));
+    int64_t bias_bytes = copy_bias ? round_up(p->outputs * 4, 64) : 0;
+    int64_t row_scales = p->blocksize > 0 ? p->steps / p->blocksize : 0;
+    int64_t n_scales = 0;
+    if (p->blocksize == 0)
+        n_scales = set->panel_steps / MIN_BLOCKSIZE + 2;
+    else if (p->expand)
+        n_scales = use_dot       ? DOT_SCALE_ROWS * row_scales
+                   : p->backward ? set->panel_steps * (set->tile_cols / MIN_BLOCKSIZE + 1)
+                                 : set->tile_cols * row_scales;
+    p->sums_at = use_dot ? 0 : (int64_t)set->panel_steps * set->tile_cols * set->element_bytes;
+    p->scales_at = p->sums_at + (use_dot ? set->dot_rows * DOT_CHUNK_ROWS
+                                         : p->tiles_per_chunk * set->tile_rows * set->tile_cols) *
+                                    4;
+    p->lane_bytes = round_up(p->scales_at + n_scales * 4, 64);
+    int64_t total = packed_bytes + gathered_bytes + bias_bytes + n_lanes * p->lane_bytes;
+
+    _Alignas(64) unsigned char stack[STACK_BYTES];
+    unsigned char *allocated = NULL, *scratch = stack;
+    if (total > STACK_BYTES) {
+        allocated = malloc((size_t)total + 64);
+        HB_CHECK(error, allocated != NULL, HB_ERR_MEMORY,
+                 "%s: no memory for %" PRId64 " bytes of scratch", function, total);
+        scratch = allocated + (64 - (uintptr_t)allocated % 64) % 64;
+    }
+    p->packed = scratch;
+    p->gathered = gather ? scratch + packed_bytes : NULL;
+    float *bias_f32 = (float *)(scratch + packed_bytes + gathered_bytes);
+    p->lanes = scratch + packed_bytes + gathered_bytes + bias_bytes;
+    if (bias != NULL) p->bias = copy_bias ? bias_f32 : bias->data;
+    for (int64_t i = 0; copy_bias && i < p->outputs; i++)
+        bias_f32[i] = hb_load_f32(bias->data, i * bias->stride[0], bias->dtype);
+
+    for (p->m_begin = 0; p->m_begin < rows; p->m_begin += pass_rows) {
+        p->m_count = least(pass_rows, rows - p->m_begin);
+        bool small = serial || p->m_count * p->steps < (1 << 16);
+        run_chunks(p, small, hb_ceil_div(p->m_count, unit), use_dot ? permute_rows : pack_tiles);
+        run_chunks(p, serial, n_groups * p->m_chunks, use_dot ? dot_chunks : panel_chunks);
+    }
+    free(allocated);
+    return HB_OK;
+}
+
+// ---- arguments --------------------------------------------------------------------------------
+
+static hb_status check_weight(const hb_tensor4 *w, const char *function, hb_error *error)
+{
+    HB_CHECK(error, hb_blocksize4_is_valid(w->blocksize), HB_ERR_VALUE,
+             "%s: blocksize, expected a power of two from 32 to 4096, got %" PRId64, function,
+             w->blocksize);
+    HB_CHECK(error,
+             w->rows >= 0 && w->depth >= 0 &&
+                 (w->depth == 0 ? w->numel == 0
+                                : w->numel % w->depth == 0 && w->numel / w->depth == w->rows),
+             HB_ERR_VALUE, "%s: weight, expected %" PRId64 " x %" PRId64 " elements, got %" PRId64,
+             function, w->rows, w->depth, w->numel);
+    HB_CHECK(error, w->numel == 0 || w->packed != NULL, HB_ERR_VALUE,
+             "%s: weight, expected packed codes, got none", function);
+    HB_CHECK(error,
+             w->numel == 0 || w->absmax != NULL ||
+                 (w->absmax_codes != NULL && w->nested_absmax != NULL && w->nested_map != NULL &&
+                  w->nested_blocksize > 0),
+             HB_ERR_VALUE, "%s: weight, expected absmax, plain or nested, got neither", function);
+    return HB_OK;
+}
+
+static hb_status check_view(const hb_view *view, const char *function, const char *name,
+                            hb_error *error)
+{
+    HB_CHECK(error, view->device.type == HB_CPU, HB_ERR_DEVICE,
+             "%s: %s, expected memory of the CPU, got device type %d", function, name,
+             (int)view->device.type);
+    HB_CHECK(error, hb_dtype_is_io(view->dtype), HB_ERR_TYPE,
+             "%s: %s, expected float32, bfloat16 or float16, got %s", function, name,
+             hb_dtype_name(view->dtype));
+    HB_CHECK(error, view->ndim >= 1, HB_ERR_VALUE,
+             "%s: %s, expected at least one dimension, got none", function, name);
+    return HB_OK;
+}
+
+static hb_status check_views(const hb_view *x, int64_t x_cols, const char *x_name,
+                             const char *x_size, const hb_view *y, int64_t y_cols,
+                             const char *y_name, const char *y_size, const char *function,
+                             hb_error *error)
+{
+    HB_TRY(check_view(x, function, x_name, error));
+    HB_TRY(check_view(y, function, y_name, error));
+    HB_CHECK(error, !y->readonly, HB_ERR_BUFFER, "%s: %s, expected writable memory, got read-only",
+             function, y_name);
+    HB_CHECK(error, x->shape[x->ndim - 1] == x_cols, HB_ERR_VALUE,
+             "%s: %s has %s %" PRId64 ", weight has %" PRId64, function, x_name, x_size,
+             x->shape[x->ndim - 1], x_cols);
+    HB_CHECK(error, y->shape[y->ndim - 1] == y_cols, HB_ERR_VALUE,
+             "%s: %s has %s %" PRId64 ", weight has %" PRId64, function, y_name, y_size,
+             y->shape[y->ndim - 1], y_cols);
+    HB_CHECK(error, x->ndim == y->ndim, HB_ERR_VALUE,
+             "%s: %s, expected %d dimensions like %s, got %d", function, y_name, x->ndim, x_name,
+             y->ndim);
+    for (int d = 0; d < x->ndim - 1; d++)
+        HB_CHECK(error, x->shape[d] == y->shape[d], HB_ERR_VALUE,
+                 "%s: %s, expected size %" PRId64 " in dimension %d like %s, got %" PRId64,
+                 function, y_name, x->shape[d], d, x_name, y->shape[d]);
+    return HB_OK;
+}
+
+static void prepare(product *p, hb_context *context, const hb_tensor4 *w, hb_compute compute,
+                    const hb_view *x, const hb_view *y)
+{
+    p->context = context;
+    p->w = w;
+    p->bf16 = compute == HB_COMPUTE_BF16;
+    p->set = p->bf16 ? &context->kernels.linear4.bf16 : &context->kernels.linear4.f32;
+    p->x = matrix_of(x);
+    p->y = matrix_of(y);
+    p->steps = p->x.cols;
+    p->outputs = p->y.cols;
+    memcpy(p->codebook, hb_codebook4_get(w->format)->value, sizeof p->codebook);
+    // The largest power of two that divides both.
+    int64_t common = w->depth > 0 ? (w->depth & -w->depth) : w->blocksize;
+    p->blocksize = least(common, w->blocksize);
+    if (p->blocksize < MIN_BLOCKSIZE) p->blocksize = 0;
+    p->expand = w->absmax == NULL || p->blocksize != w->blocksize;
+}
+
+hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4 *w,
+                         const hb_view *bias, hb_compute compute, const hb_view *y, hb_error *error)
+{
+    static const char function[] = "linear_4bit";
+    HB_TRY(check_weight(w, function, error));
+    HB_TRY(check_views(x, w->depth, "x", "depth", y, w->rows, "y", "columns", function, error));
+    if (bias != NULL) {
+        HB_TRY(check_view(bias, function, "bias", error));
+        HB_CHECK(error, bias->ndim == 1 && bias->shape[0] == w->rows, HB_ERR_VALUE,
+                 "linear_4bit: bias, expected shape [%" PRId64 "], got %d dimensions of %" PRId64
+                 " elements",
+                 w->rows, bias->ndim, hb_view_numel(bias));
+    }
+    product p = {.backward = false};
+    prepare(&p, context, w, compute, x, y);
+    return run_product(&p, bias, function, error);
+}
+
+hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, const hb_tensor4 *w,
+                                    hb_compute compute, const hb_view *dx, hb_error *error)
+{
+    static const char function[] = "linear_4bit_grad_input";
+    HB_TRY(check_weight(w, function, error));
+    HB_TRY(check_views(dy, w->rows, "dy", "columns", dx, w->depth, "dx", "depth", function, error));
+    product p = {.backward = true};
+    prepare(&p, context, w, compute, dy, dx);
+    return run_product(&p, NULL, function, error);
+}
