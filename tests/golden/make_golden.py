@@ -153,41 +153,34 @@ def vectors_8bit() -> dict:
     }
 
 
+def case_int8(flat: list[float], depth: int, threshold: float, dtype: str) -> dict:
+    rows = R.blocks(flat, depth)
+    codes, scale, outliers = R.quantize_rows_int8(rows, threshold)
+    return {
+        "rows": len(rows),
+        "depth": depth,
+        "threshold": threshold,
+        "dtype": dtype,
+        "x": R.to_hex(flat, dtype),
+        "codes": bytes(code % 256 for code in codes).hex(),
+        "scale": R.to_hex(scale, "float32"),
+        "outlier_columns": outliers,
+        "dequantized": {
+            out: R.to_hex(R.dequantize_rows_int8(codes, scale, depth, out), out) for out in DTYPES
+        },
+    }
+
+
 def vectors_int8() -> list[dict]:
     cases = []
-    for i, (n_rows, depth, threshold) in enumerate(
+    for i, (rows, depth, threshold) in enumerate(
         [(1, 1, 0), (3, 64, 0), (5, 33, 0), (4, 40, 2.0), (1, 40, 2.0)]
     ):
-        dtype = DTYPES[i % 3]
-        flat = bells(n_rows * depth, 500 + i, dtype, scale=1.0)
-        rows = R.blocks(flat, depth)
-        codes, scale, outliers = R.quantize_rows_int8(rows, threshold)
-        cases.append(
-            {
-                "rows": n_rows,
-                "depth": depth,
-                "threshold": threshold,
-                "dtype": dtype,
-                "x": R.to_hex(flat, dtype),
-                "codes": bytes(code % 256 for code in codes).hex(),
-                "scale": R.to_hex(scale, "float32"),
-                "outlier_columns": outliers,
-            }
-        )
-    rows = [[0.0] * 8, [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -127.0]]  # a zero row; ties go to even
-    codes, scale, _ = R.quantize_rows_int8(rows)
-    cases.append(
-        {
-            "rows": 2,
-            "depth": 8,
-            "threshold": 0,
-            "dtype": "float32",
-            "x": R.to_hex(rows[0] + rows[1], "float32"),
-            "codes": bytes(code % 256 for code in codes).hex(),
-            "scale": R.to_hex(scale, "float32"),
-            "outlier_columns": [],
-        }
-    )
+        flat = bells(rows * depth, 500 + i, DTYPES[i % 3], scale=1.0)
+        cases.append(case_int8(flat, depth, threshold, DTYPES[i % 3]))
+    # a row of zeros; ties, which go to even
+    ties = [0.0] * 8 + [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -127.0]
+    cases.append(case_int8(ties, 8, 0, "float32"))
     return cases
 
 

@@ -250,13 +250,20 @@ MAPS = {
 
 
 def nearest(v: float, table: list[float]) -> int:
-    """Index of the nearest entry, by exact arithmetic; of two at one distance the even index; NaN gives 0."""
+    """Index of the nearest entry, by exact arithmetic; of two neighbours at one distance the even index.
+
+    Where entries are equal, the first stands for values up to theirs and the last for values above. NaN gives 0.
+    """
     if isnan(v):
         return 0
     exact = Fraction(v)
     best = min(abs(exact - Fraction(entry)) for entry in table)
     tied = [i for i, entry in enumerate(table) if abs(exact - Fraction(entry)) == best]
-    return next((i for i in tied if i % 2 == 0), tied[0])
+    below = [i for i in tied if table[i] < v]
+    above = [i for i in tied if table[i] >= v]
+    if below and above:
+        return below[-1] if below[-1] % 2 == 0 else above[0]
+    return below[-1] if below else above[0]
 
 
 def quantize_8bit(x: list[float], table: list[float], blocksize: int) -> tuple[list[int], list[float]]:
@@ -292,3 +299,11 @@ def quantize_rows_int8(
             codes.append(0 if dropped else round(Fraction(multiply(x, factor))))  # round() is half to even
         scales.append(scale)
     return codes, scales, outliers
+
+
+def dequantize_rows_int8(codes: list[int], scales: list[float], depth: int, dtype: str) -> list[float]:
+    unit = f32(Fraction(1, 127))
+    return [
+        ROUND[dtype](multiply(multiply(float(code), scales[i // depth]), unit))
+        for i, code in enumerate(codes)
+    ]

@@ -107,6 +107,9 @@ def test_int8_rows(case):
     assert_same_bits(scale, case["scale"], "scale")
     marked = [] if outliers is None else np.nonzero(outliers)[0].tolist()
     assert marked == case["outlier_columns"]
+    for dtype, expected in case["dequantized"].items():
+        got = _C.dequantize_rows_int8(codes, scale, NUMPY[dtype])
+        assert_same_bits(got, expected, f"dequantized to {dtype}")
 
 
 def test_vectors_are_what_the_reference_writes(monkeypatch):
