@@ -84,6 +84,19 @@ test-slow: $(VENV)/.built
 bench: $(VENV)/.built
 	@$(PY) -m benchmarks $(OP)
 
+# The Python suite runs in a build of its own. torch and other big libraries work under AddressSanitizer when its
+# runtime is loaded first; leak checking stays with the C suite, because the interpreter itself keeps memory.
+ASAN := build/asan
+asan: $(VENV)/.built
+	@$(PY) tests/c/build.py native --sanitize=address,undefined --run
+	@HALFBYTE_SANITIZE=1 $(PY) setup.py -q build --build-base $(ASAN) --build-lib $(ASAN)/lib
+	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    PYTHONMALLOC=malloc PYTHONPATH=$(ASAN)/lib $(PY) -m pytest -m "not slow and not no_asan" $(or $(TESTS),tests/py tests/golden)
+
+tsan: $(VENV)/.built
+	@$(PY) tests/c/build.py native --sanitize=thread --run
+
 lint: $(VENV)/.built
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(C_SOURCES) $(C_TESTS)
