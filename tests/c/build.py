@@ -77,7 +77,14 @@ def plan(variant: str, sanitize: str) -> dict[Path, list[str]]:
         import simde_py
 
         neon = variant == "simde_neon"
-        common += ["-DHB_SIMDE", f"-DHB_WITH_X86={int(not neon)}", f"-DHB_WITH_NEON={int(neon)}", "-O1"]
+        common += [
+            "-DHB_SIMDE",
+            "-DSIMDE_NO_NATIVE",
+            f"-DHB_WITH_X86={int(not neon)}",
+            f"-DHB_WITH_NEON={int(neon)}",
+            "-O1",
+            "-Wno-psabi",
+        ]
         common += [f"-isystem{simde_py.get_include()}", f"-isystem{HERE / 'simde'}"]
         common += ["-DHB_SIMDE_NEON"] if neon else []
         flags = {isa: [] for isa in flags}
