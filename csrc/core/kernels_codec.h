@@ -11,9 +11,12 @@
 #include "core/formats.h"
 
 // What an 8-bit encoder needs of a map: the code of v is #{i < 255: v > threshold[i]}, ascending.
-// [255] is +inf, so that 16 lanes can be filled. Built by hb_search8_init.
+// [255] is +inf, so that 16 lanes can be filled. `tree` holds the same thresholds as a search tree:
+// from node k (root 1; [0] is unused) v > tree[k] leads to 2k + 1, otherwise to 2k; code = leaf -
+// 256.
 typedef struct {
     float threshold[256];
+    float tree[256];
 } hb_search8;
 // map: 256 finite ascending values.
 void hb_search8_init(hb_search8 *search, const float *map);

@@ -122,4 +122,9 @@ void hb_search8_init(hb_search8 *search, const float *map)
         search->threshold[i] = last;
     }
     search->threshold[255] = HB_INFINITY;
+    // Level l of the tree has 2^l nodes, 2^(8-l) codes apart.
+    search->tree[0] = 0.0f;
+    for (int level = 0; level < 8; level++)
+        for (int k = 0; k < 1 << level; k++)
+            search->tree[(1 << level) + k] = search->threshold[(2 * k + 1) * (128 >> level) - 1];
 }

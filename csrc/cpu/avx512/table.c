@@ -2,5 +2,5 @@
 
 void hb_table_avx512(hb_kernels *kernels)
 {
-    (void)kernels;
+    HB_SET_CODEC(kernels->codec, avx512);
 }
