@@ -98,7 +98,7 @@ def plan(variant: str, sanitize: str) -> dict[Path, list[str]]:
 
 def compile_one(compiler: list[str], source: Path, flags: list[str], folder: Path) -> Path:
     target = folder / ("_".join(source.relative_to(ROOT).with_suffix("").parts) + ".o")
-    command = [*compiler, *flags, "-MMD", "-c", str(source), "-o", str(target)]
+    command = [*compiler, *flags, "-MD", "-c", str(source), "-o", str(target)]
     record = target.with_suffix(".cmd")
     if target.exists() and record.exists() and record.read_text() == "\0".join(command):
         needed = target.with_suffix(".d").read_text().replace("\\\n", " ").split(": ", 1)[1].split()

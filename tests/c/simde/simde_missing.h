@@ -205,29 +205,29 @@ HB_MAP2_(mm512_srav_epi32, __m512i, int32_t, 16, a[i] >> ((uint32_t)b[i] > 31 ? 
 #define _mm512_cvtepi32_epi8  hb_mm512_cvtepi32_epi8
 #define _mm512_cvtepi32_epi16 hb_mm512_cvtepi32_epi16
 #undef _mm512_cvtsepi32_epi8
-#define _mm512_cvtsepi32_epi8   hb_mm512_cvtsepi32_epi8
-#define _mm512_cvtusepi32_epi8  hb_mm512_cvtusepi32_epi8
-#define _mm512_cvtusepi32_epi16 hb_mm512_cvtusepi32_epi16
-#define _mm512_cvtusepi16_epi8  hb_mm512_cvtusepi16_epi8
-#define _mm512_cvtepi64_epi8    hb_mm512_cvtepi64_epi8
-#define _mm256_cvtepi16_epi8    hb_mm256_cvtepi16_epi8
-#define _mm256_cvtepi32_epi8    hb_mm256_cvtepi32_epi8
-#define _mm256_cvtepi32_epi16   hb_mm256_cvtepi32_epi16
-#define _mm256_cvtusepi16_epi8  hb_mm256_cvtusepi16_epi8
-#define _mm256_cvtusepi32_epi8  hb_mm256_cvtusepi32_epi8
-#define _mm_cvtepi16_epi8       hb_mm_cvtepi16_epi8
-#define _mm_cvtepi32_epi8       hb_mm_cvtepi32_epi8
-#define _mm512_cvtps_pd         hb_mm512_cvtps_pd
-#define _mm512_cvtpd_ps         hb_mm512_cvtpd_ps
-#define _mm512_cvtepi32_pd      hb_mm512_cvtepi32_pd
-#define _mm512_zextsi256_si512  hb_mm512_zextsi256_si512
-#define _mm512_zextsi128_si512  hb_mm512_zextsi128_si512
-#define _mm512_zextps256_ps512  hb_mm512_zextps256_ps512
-#define _mm512_broadcast_i32x8  hb_mm512_broadcast_i32x8
-#define _mm512_moveldup_ps      hb_mm512_moveldup_ps
-#define _mm512_movehdup_ps      hb_mm512_movehdup_ps
-#define _mm512_mulhi_epu16      hb_mm512_mulhi_epu16
-#define _mm512_srav_epi32       hb_mm512_srav_epi32
+#define _mm512_cvtsepi32_epi8     hb_mm512_cvtsepi32_epi8
+#define _mm512_cvtusepi32_epi8    hb_mm512_cvtusepi32_epi8
+#define _mm512_cvtusepi32_epi16   hb_mm512_cvtusepi32_epi16
+#define _mm512_cvtusepi16_epi8    hb_mm512_cvtusepi16_epi8
+#define _mm512_cvtepi64_epi8      hb_mm512_cvtepi64_epi8
+#define _mm256_cvtepi16_epi8      hb_mm256_cvtepi16_epi8
+#define _mm256_cvtepi32_epi8      hb_mm256_cvtepi32_epi8
+#define _mm256_cvtepi32_epi16     hb_mm256_cvtepi32_epi16
+#define _mm256_cvtusepi16_epi8    hb_mm256_cvtusepi16_epi8
+#define _mm256_cvtusepi32_epi8    hb_mm256_cvtusepi32_epi8
+#define _mm_cvtepi16_epi8         hb_mm_cvtepi16_epi8
+#define _mm_cvtepi32_epi8         hb_mm_cvtepi32_epi8
+#define _mm512_cvtps_pd           hb_mm512_cvtps_pd
+#define _mm512_cvtpd_ps           hb_mm512_cvtpd_ps
+#define _mm512_cvtepi32_pd        hb_mm512_cvtepi32_pd
+#define _mm512_zextsi256_si512    hb_mm512_zextsi256_si512
+#define _mm512_zextsi128_si512    hb_mm512_zextsi128_si512
+#define _mm512_zextps256_ps512    hb_mm512_zextps256_ps512
+#define _mm512_broadcast_i32x8(a) _mm512_inserti64x4(_mm512_castsi256_si512(a), a, 1)
+#define _mm512_moveldup_ps        hb_mm512_moveldup_ps
+#define _mm512_movehdup_ps        hb_mm512_movehdup_ps
+#define _mm512_mulhi_epu16        hb_mm512_mulhi_epu16
+#define _mm512_srav_epi32         hb_mm512_srav_epi32
 
 #define _mm512_mask_cvtepi32_storeu_epi8(p, k, a)                                                  \
     hb_mm_mask_storeu_epi8(p, (__mmask16)(k), hb_mm512_cvtepi32_epi8(a))
