@@ -44,6 +44,7 @@ typedef struct {
 #define HB_LINEAR4_MAX_TILE_ROWS 32
 #define HB_LINEAR4_MAX_TILE_COLS 64
 #define HB_LINEAR4_X_GROUP       128 // permuted x is padded with zeros to a multiple of this
+#define HB_LINEAR4_X_BLOCK       16  // packed x keeps so many steps of a row together
 
 typedef struct {
     int32_t dot_rows;    // rows of x that one call of dot takes at most
@@ -64,7 +65,7 @@ typedef struct {
     void (*dot)(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const void *permuted, int n_x,
                 float *y, int64_t y_stride);
     // One tile of x: n_x (1..tile_rows) rows at x + t * x_stride elements of dtype ->
-    // packed[ceil(steps / pair)][tile_rows][pair], zeros where there is no row or step.
+    // packed[ceil(steps / 16)][tile_rows][16], zeros where there is no row or step.
     void (*pack_x)(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int64_t steps,
                    void *packed);
     // Forward panel: rows r < n_rows (<= tile_cols) of w, columns k < depth (a multiple of 32, at
@@ -75,7 +76,7 @@ typedef struct {
     // most tile_cols) -> panel[ceil(n_rows / pair)][tile_cols][pair], summed over r, columns in
     // column_order; zeros at c >= n_cols and at an r that completes a pair.
     void (*decode_cols)(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, void *panel);
-    // sums[t * tile_cols + c] (+)= sum_s packed[s][t] * panel[s][c] for t < n_x (1..tile_rows),
+    // sums[t * tile_cols + c] (+)= sum_s packed x[t][s] * panel[s][c] for t < n_x (1..tile_rows),
     // over steps (counted before pairing, odd allowed); adds when `accumulate`, else overwrites.
     // Each sum has the same bits whatever n_x.
     void (*tile)(const void *packed, const void *panel, int64_t steps, int n_x, bool accumulate,

@@ -387,8 +387,8 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
     const int n_lanes = serial ? 1 : hb_pool_threads(p->context->pool);
     // A unit is what is packed together: a row (dot) or a tile of rows.
     const int64_t unit = use_dot ? 1 : set->tile_rows;
-    p->packed_stride =
-        unit * set->element_bytes * round_up(p->steps, use_dot ? HB_LINEAR4_X_GROUP : set->pair);
+    p->packed_stride = unit * set->element_bytes *
+                       round_up(p->steps, use_dot ? HB_LINEAR4_X_GROUP : HB_LINEAR4_X_BLOCK);
     p->packed_stride = round_up(p->packed_stride, 64);
     int64_t pass_units = hb_ceil_div(rows, unit);
     if (!use_dot && p->packed_stride > 0)

@@ -52,13 +52,21 @@ static void dot(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const float 
     }
 }
 
+static int64_t packed_index(int64_t step, int t)
+{
+    int64_t block = step / HB_LINEAR4_X_BLOCK;
+    return (block * TILE_ROWS + t) * HB_LINEAR4_X_BLOCK + step % HB_LINEAR4_X_BLOCK;
+}
+
 static void pack_x(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int64_t steps,
                    bool bf16, float *packed)
 {
-    for (int64_t s = 0; s < steps; s++)
+    int64_t padded = hb_ceil_div(steps, HB_LINEAR4_X_BLOCK) * HB_LINEAR4_X_BLOCK;
+    for (int64_t s = 0; s < padded; s++)
         for (int t = 0; t < TILE_ROWS; t++) {
-            float value = t < n_x ? hb_load_f32(x, t * x_stride + s, dtype) : 0.0f;
-            packed[s * TILE_ROWS + t] = bf16 ? rounded_to_bf16(value) : value;
+            bool present = t < n_x && s < steps;
+            float value = present ? hb_load_f32(x, t * x_stride + s, dtype) : 0.0f;
+            packed[packed_index(s, t)] = bf16 ? rounded_to_bf16(value) : value;
         }
 }
 
@@ -122,7 +130,7 @@ static void hb_linear4_tile_f32_ref(const void *packed, const void *panel, int64
     for (int t = 0; t < n_x; t++) {
         double sum[TILE_COLS] = {0};
         for (int64_t s = 0; s < steps; s++) {
-            double value = x[s * TILE_ROWS + t];
+            double value = x[packed_index(s, t)];
             for (int c = 0; c < TILE_COLS; c++) sum[c] += value * w[s * TILE_COLS + c];
         }
         for (int c = 0; c < TILE_COLS; c++) {
