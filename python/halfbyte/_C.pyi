@@ -275,7 +275,7 @@ def dequantize_4bit(
     quant_type: QuantType,
     blocksize: int,
     shape: tuple[int, ...],
-    dtype: Any = "float32",
+    dtype: Any = None,
     *,
     start: int = 0,
     out: Array | None = None,
@@ -284,7 +284,8 @@ def dequantize_4bit(
     nested_offset: float = 0.0,
     nested_blocksize: int = 256,
 ) -> Array:
-    """Elements [start, start + prod(shape)) of the flattened tensor, in `shape`."""
+    """Elements [start, start + prod(shape)) of the flattened tensor, in `shape`. dtype None: that of `out`, else
+    float32; numbers in uint16 `out` are bfloat16 when dtype says so."""
 
 def nest_absmax(absmax: Array, /, blocksize: int = 256) -> tuple[Array, Array, float]:
     """-> (codes uint8 [n], nested_absmax float32 [ceil(n / blocksize)], offset)."""
@@ -324,10 +325,11 @@ def linear_4bit_grad_input(
 ) -> Array: ...
 def quantize_8bit(
     x: Array,
-    map: Array,
+    map: str | Array,
     /,
     blocksize: int,
     *,
+    dtype: Any = None,
     codes: Array | None = None,
     absmax: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -336,10 +338,10 @@ def quantize_8bit(
 def dequantize_8bit(
     codes: Array,
     absmax: Array,
-    map: Array,
+    map: str | Array,
     /,
     blocksize: int,
-    dtype: Any = "float32",
+    dtype: Any = None,
     *,
     out: Array | None = None,
 ) -> Array: ...
@@ -356,7 +358,7 @@ def quantize_rows_int8(
     or None when threshold is 0)."""
 
 def dequantize_rows_int8(
-    codes: Array, scale: Array, /, dtype: Any = "float32", *, out: Array | None = None
+    codes: Array, scale: Array, /, dtype: Any = None, *, out: Array | None = None
 ) -> Array: ...
 def matmul_int8(a: Array, b: Array, /, *, out: Array | None = None) -> Array:
     """a int8 [..., depth], b int8 [rows, depth] -> int32 [..., rows], exact."""

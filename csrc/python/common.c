@@ -1,0 +1,126 @@
+#include "python/common.h"
+
+int hb_result_dtype(hb_state *state, const char *function, PyObject *dtype, PyObject *out,
+                    hb_dtype otherwise, hb_dtype *result)
+{
+    *result = otherwise;
+    if (hb_given(dtype)) return hb_arg_dtype(function, "dtype", dtype, result);
+    if (!hb_given(out)) return 0;
+    hb_array array;
+    if (hb_array_get(state, out, function, "out", HB_TAKE_IO | HB_TAKE_WRITABLE, &array) < 0)
+        return -1;
+    *result = array.view.dtype;
+    hb_array_release(&array);
+    return 0;
+}
+
+int hb_quantizer_input(hb_state *state, const char *function, PyObject *x, PyObject *dtype,
+                       hb_array *array)
+{
+    unsigned take = HB_TAKE_IO;
+    hb_dtype wanted = HB_DTYPE_COUNT;
+    if (hb_arg_dtype(function, "dtype", dtype, &wanted) < 0) return -1;
+    if (wanted == HB_BF16) take |= HB_TAKE_U16_AS_BF16;
+    if (hb_array_get(state, x, function, "x", take, array) < 0) return -1;
+    if (wanted == HB_DTYPE_COUNT || wanted == array->view.dtype) return 0;
+    PyErr_Format(PyExc_TypeError, "%s: x, expected dtype %s as `dtype` says, got %s", function,
+                 hb_dtype_name(wanted), hb_dtype_name(array->view.dtype));
+    hb_array_release(array);
+    return -1;
+}
+
+int hb_bias_get(hb_state *state, PyObject *object, const char *function, int64_t rows,
+                unsigned take, hb_array *array)
+{
+    if (hb_array_get(state, object, function, "bias", HB_TAKE_IO | take, array) < 0) return -1;
+    if (array->view.ndim == 1 && array->view.shape[0] == rows) return 0;
+    char got[120];
+    hb_shape_text(array->view.shape, array->view.ndim, got, sizeof got);
+    PyErr_Format(PyExc_ValueError, "%s: bias, expected shape (%lld,), got %s", function,
+                 (long long)rows, got);
+    hb_array_release(array);
+    return -1;
+}
+
+int hb_map8_get(hb_state *state, PyObject *object, const char *function, unsigned take,
+                hb_array *array, const float **map)
+{
+    array->owner = NULL;
+    if (PyUnicode_Check(object)) {
+        const char *name = PyUnicode_AsUTF8(object);
+        if (name == NULL) return -1;
+        int which = hb_map8_from_name(name);
+        if (which < 0) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: map, expected 'dynamic', 'dynamic_unsigned', 'linear', 'fp8_e4m3', "
+                         "'fp8_e5m2', 'normal' or float32 [256], got %R",
+                         function, object);
+            return -1;
+        }
+        array->api = NULL;
+        *map = state->maps[which];
+        return 0;
+    }
+    if (hb_array_get(state, object, function, "map", HB_TAKE_F32 | HB_TAKE_FLAT | take, array) < 0)
+        return -1;
+    if (hb_check_numel(function, "map", array, 256) < 0) {
+        hb_array_release(array);
+        return -1;
+    }
+    *map = array->view.data;
+    return 0;
+}
+
+PyObject *hb_output_flat(hb_state *state, PyObject *out, const char *function, const char *name,
+                         const DLPackExchangeAPI *api, hb_dtype dtype, int ndim,
+                         const int64_t *shape, hb_array *array)
+{
+    if (!hb_given(out))
+        return hb_output(state, NULL, function, name, api, dtype, ndim, shape, 0, array);
+    int64_t numel = 1;
+    for (int d = 0; d < ndim; d++) numel *= shape[d];
+    unsigned take = dtype == HB_U8 ? HB_TAKE_BYTES : 1u << dtype | HB_TAKE_FLAT;
+    if (hb_array_get(state, out, function, name, take | HB_TAKE_WRITABLE, array) < 0) return NULL;
+    if (hb_check_numel(function, name, array, numel) < 0) {
+        hb_array_release(array);
+        return NULL;
+    }
+    return Py_NewRef(out);
+}
+
+int hb_arg_blocksize8(const char *function, const char *name, PyObject *value, int64_t *result)
+{
+    if (hb_arg_int64(function, name, value, result) < 0) return -1;
+    if (*result >= 1) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: %s, expected at least 1, got %lld", function, name,
+                 (long long)*result);
+    return -1;
+}
+
+int hb_arg_blocksize4(const char *function, const char *name, PyObject *value, int64_t *result)
+{
+    if (hb_arg_int64(function, name, value, result) < 0) return -1;
+    if (hb_blocksize4_is_valid(*result)) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: %s, expected a power of two from 32 to 4096, got %lld",
+                 function, name, (long long)*result);
+    return -1;
+}
+
+int hb_layer_shape(const char *function, const char *name, const hb_view *input, int64_t rows,
+                   int64_t depth, bool backward, int64_t *shape)
+{
+    const int last = input->ndim - 1;
+    const int64_t from = backward ? rows : depth;
+    if (last < 0 || input->shape[last] != from) {
+        char got[120];
+        hb_shape_text(input->shape, input->ndim, got, sizeof got);
+        PyErr_Format(
+            PyExc_ValueError,
+            "%s: %s, expected a last dimension of %lld (weight is [%lld, %lld]), got shape %s",
+            function, name, (long long)from, (long long)rows, (long long)depth, got);
+        return -1;
+    }
+    for (int d = 0; d < last; d++) shape[d] = input->shape[d];
+    shape[last] = backward ? depth : rows;
+    return 0;
+}

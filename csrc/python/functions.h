@@ -1,0 +1,14 @@
+// The stateless functions of the module, one table a file.
+#ifndef HB_PYTHON_FUNCTIONS_H
+#define HB_PYTHON_FUNCTIONS_H
+
+#include "python/state.h"
+
+#define HB_FASTCALL(function)                                                                      \
+    ((PyCFunction)(void (*)(void))(function)), METH_FASTCALL | METH_KEYWORDS
+
+extern PyMethodDef hb_functions_4bit[];
+extern PyMethodDef hb_functions_8bit[];
+extern PyMethodDef hb_functions_info[];
+
+#endif

@@ -1,0 +1,88 @@
+// cpu_info, set_num_threads, get_num_threads, build_info.
+#include "python/args.h"
+#include "python/functions.h"
+#include "python/tensor.h"
+
+#include "core/cpu.h"
+
+#define STRING(x)    #x
+#define AS_STRING(x) STRING(x)
+
+PyDoc_STRVAR(cpu_info_doc, "cpu_info($module, /)\n--\n\n"
+                           "{\"detected\": str, \"used\": str, \"threads\": int}.");
+
+static PyObject *cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    const hb_context *context = &hb_state_of_module(module)->context;
+    return Py_BuildValue("{s:s, s:s, s:i}", "detected", hb_cpu_name(hb_cpu_detect()), "used",
+                         hb_cpu_name(context->cpu_flags), "threads",
+                         hb_pool_threads(context->pool));
+}
+
+PyDoc_STRVAR(set_num_threads_doc, "set_num_threads($module, n, /)\n--\n\n"
+                                  "Threads of calls that start later, the caller's included.");
+
+static PyObject *set_num_threads(PyObject *module, PyObject *value)
+{
+    int64_t threads = 0;
+    if (hb_arg_int64("set_num_threads", "n", value, &threads) < 0) return NULL;
+    if (threads < 1 || threads > 4096) {
+        PyErr_Format(PyExc_ValueError, "set_num_threads: n, expected 1 to 4096, got %lld",
+                     (long long)threads);
+        return NULL;
+    }
+    hb_pool_set_threads(hb_state_of_module(module)->context.pool, (int)threads);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(get_num_threads_doc, "get_num_threads($module, /)\n--\n\n"
+                                  "Threads that a call may use, the caller's included.");
+
+static PyObject *get_num_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromLong(hb_pool_threads(hb_state_of_module(module)->context.pool));
+}
+
+PyDoc_STRVAR(build_info_doc,
+             "build_info($module, /)\n--\n\n"
+             "{\"compiler\": str, \"isas\": list[str], \"dlpack\": str, \"numpy_target\": str, "
+             "\"sanitize\": bool}.");
+
+static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+#if defined(__x86_64__) || defined(_M_X64)
+    PyObject *isas = Py_BuildValue("[ssssss]", "ref", "avx2", "avx512", "avx512vnni", "avx512vbmi",
+                                   "avx512bf16");
+#elif defined(__aarch64__)
+    PyObject *isas = Py_BuildValue("[ss]", "ref", "neon");
+#else
+    PyObject *isas = Py_BuildValue("[s]", "ref");
+#endif
+#if defined(__clang__)
+    const char *compiler = "clang " __clang_version__;
+#else
+    const char *compiler = "gcc " __VERSION__;
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    PyObject *sanitize = Py_True;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+    PyObject *sanitize = Py_True;
+#else
+    PyObject *sanitize = Py_False;
+#endif
+#else
+    PyObject *sanitize = Py_False;
+#endif
+    return Py_BuildValue("{s:s, s:N, s:s, s:s, s:O}", "compiler", compiler, "isas", isas, "dlpack",
+                         AS_STRING(DLPACK_MAJOR_VERSION) "." AS_STRING(DLPACK_MINOR_VERSION),
+                         "numpy_target", hb_numpy_target(), "sanitize", sanitize);
+}
+
+PyMethodDef hb_functions_info[] = {
+    {"cpu_info", cpu_info, METH_NOARGS, cpu_info_doc},
+    {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
+    {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
+    {"build_info", build_info, METH_NOARGS, build_info_doc},
+    {NULL, NULL, 0, NULL},
+};

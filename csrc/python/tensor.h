@@ -1,0 +1,101 @@
+// Arrays in and out. Fastest first: the DLPack 1.3 exchange API of the argument's type, NumPy's
+// C-API, __dlpack__ (or a capsule itself), the buffer protocol.
+#ifndef HB_PYTHON_TENSOR_H
+#define HB_PYTHON_TENSOR_H
+
+#include "python/state.h"
+
+// What a caller accepts: one bit per hb_dtype, and how the memory is to be handed over.
+enum {
+    HB_TAKE_F32 = 1u << HB_F32,
+    HB_TAKE_IO = 1u << HB_F32 | 1u << HB_BF16 | 1u << HB_F16,
+    HB_TAKE_U8 = 1u << HB_U8,
+    HB_TAKE_I8 = 1u << HB_I8,
+    HB_TAKE_I32 = 1u << HB_I32,
+    HB_TAKE_BOOL = 1u << HB_BOOL,
+    HB_TAKE_BYTES = 1u << 16,       // any dtype; the view becomes uint8 [bytes] (implies FLAT)
+    HB_TAKE_U16_AS_BF16 = 1u << 17, // uint16 holds bfloat16 (besides what the dtype bits say)
+    HB_TAKE_FLAT = 1u << 18,        // row-major without gaps; other inputs are copied
+    HB_TAKE_WRITABLE = 1u << 19,    // an output: never copied, read-only memory is refused
+    HB_TAKE_KEEP = 1u << 20         // the memory must outlive the call: owner is always set
+};
+
+// `view` is valid while the caller's object and `owner` live.
+typedef struct {
+    hb_view view;
+    DLDataType type;              // what the producer said
+    const DLPackExchangeAPI *api; // the producer's framework; NULL stands for NumPy
+    PyObject *owner;              // strong: what keeps view.data alive, or NULL: the argument does
+} hb_array;
+
+// 0, or -1 with an exception set (TypeError: no array or a wrong dtype; BufferError: memory that
+// cannot be used so; ValueError: shape or device). `array` must be initialised with {0} or be
+// released; on failure nothing is held.
+int hb_array_get(hb_state *state, PyObject *object, const char *function, const char *name,
+                 unsigned take, hb_array *array);
+void hb_array_release(hb_array *array);
+
+// A result of `shape`: `out` when given (dtype and shape checked, any strides), otherwise new
+// memory from `api`'s framework or NumPy. Returns a new reference and fills `array`. take:
+// HB_TAKE_U16_AS_BF16 and HB_TAKE_FLAT apply to `out`.
+PyObject *hb_output(hb_state *state, PyObject *out, const char *function, const char *name,
+                    const DLPackExchangeAPI *api, hb_dtype dtype, int ndim, const int64_t *shape,
+                    unsigned take, hb_array *array);
+
+// Refuses an output that shares memory with an input. 0, or -1 with ValueError.
+int hb_check_overlap(const char *function, const char *out_name, const hb_array *out,
+                     const char *in_name, const hb_array *in);
+// The same for plain memory: `size` bytes from `data`.
+int hb_check_overlap_bytes(const char *function, const char *out_name, const hb_array *out,
+                           const char *in_name, const void *data, int64_t size);
+// An array of exactly `expected` elements, or ValueError.
+int hb_check_numel(const char *function, const char *name, const hb_array *array, int64_t expected);
+
+// Zero-copy array over memory that `owner` keeps alive, in `api`'s framework or (read-only) NumPy.
+PyObject *hb_wrap(hb_state *state, PyObject *owner, const DLPackExchangeAPI *api, void *data,
+                  hb_dtype dtype, int ndim, const int64_t *shape);
+// The same as a capsule for __dlpack__; keywords as the Python array API standard has them.
+PyObject *hb_to_dlpack(const char *function, PyObject *owner, void *data, hb_dtype dtype, int ndim,
+                       const int64_t *shape, PyObject *const *args, Py_ssize_t n_args,
+                       PyObject *kwnames);
+
+// The framework's name for a DLPack dtype: "float64", "complex64", "opaque".
+void hb_dltype_name(DLDataType type, char *text, size_t size);
+
+// Shared with numpy.c and dlpack.c: fills view, type and api from a producer's tensor.
+int hb_array_fill(const DLTensor *tensor, bool readonly, const char *function, const char *name,
+                  hb_array *array);
+// 0 where the processor can read the tensor's memory, else -1 with BufferError.
+int hb_check_device(const DLTensor *tensor, const char *function, const char *name);
+// A capsule that frees `memory` (from malloc); frees it itself on failure.
+PyObject *hb_memory_owner(void *memory);
+
+// ---- numpy.c ----------------------------------------------------------------------------------
+
+int hb_numpy_import(void);
+const char *hb_numpy_target(void); // oldest NumPy that this build runs with
+bool hb_numpy_check_exact(PyObject *object);
+bool hb_numpy_check(PyObject *object); // ndarray or a subclass
+int hb_numpy_get(PyObject *object, const char *function, const char *name, unsigned take,
+                 hb_array *array);
+// New array, uninitialised; *data is its memory.
+PyObject *hb_numpy_new(hb_dtype dtype, int ndim, const int64_t *shape, void **data);
+// Read-only array over `data`, base = owner.
+PyObject *hb_numpy_wrap(PyObject *owner, void *data, hb_dtype dtype, int ndim,
+                        const int64_t *shape);
+
+// ---- dlpack.c ---------------------------------------------------------------------------------
+
+// The type's exchange table, or NULL; *failed is set when an exception is.
+const DLPackExchangeAPI *hb_exchange_api(hb_state *state, PyTypeObject *type, bool *failed);
+int hb_exchange_get(const DLPackExchangeAPI *api, PyObject *object, const char *function,
+                    const char *name, unsigned take, hb_array *array);
+PyObject *hb_exchange_new(const DLPackExchangeAPI *api, hb_dtype dtype, int ndim,
+                          const int64_t *shape, void **data);
+// 1: done, 0: the object has no __dlpack__, -1: exception.
+int hb_dlpack_get(hb_state *state, PyObject *object, const char *function, const char *name,
+                  hb_array *array);
+void hb_exchange_clear(hb_state *state);
+int hb_exchange_traverse(hb_state *state, visitproc visit, void *arg);
+
+#endif
