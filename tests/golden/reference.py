@@ -252,7 +252,7 @@ MAPS = {
 def nearest(v: float, table: list[float]) -> int:
     """Index of the nearest entry, by exact arithmetic; of two neighbours at one distance the even index.
 
-    Where entries are equal, the first stands for values up to theirs and the last for values above. NaN gives 0.
+    Of equal entries the first stands for values up to theirs and the last for values above. NaN gives 0.
     """
     if isnan(v):
         return 0
