@@ -1,0 +1,220 @@
+"""`Linear4bit`: a linear layer with a 4-bit weight.
+
+Where a call goes. In eager mode, with a plain CPU tensor and no gradient to record, `forward` hands the
+tensors straight to `halfbyte._C`, a few microseconds for a small layer. Every call reads the weight, its
+statistics and the bias anew (zero-copy views), so nothing can be stale after `load_state_dict`, `.to`,
+a replaced parameter or an in-place update. Everything else - gradient, torch.compile, fake tensors,
+dispatch modes - goes through `torch.ops.halfbyte.linear_4bit`.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from halfbyte import _C
+from halfbyte.torch.functional import NESTED_BLOCKSIZE, linear_4bit
+from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
+from halfbyte.torch.quant_state import QuantState
+
+logger = logging.getLogger(__name__)
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether x is a plain CPU tensor and nobody watches: no compiler, tracer or dispatch mode."""
+    return not is_compiling() and type(x) is Tensor and x.is_cpu and not _dispatch_modes() and _tracing_state() is None
+
+
+class Linear4bit(nn.Linear):
+    """y = x W^T + b with W in 4 bits. The weight is quantized when the layer is moved to its device.
+
+    Parameters
+    ----------
+    input_features, output_features
+        depth and rows of W.
+    bias
+        Whether there is one. It is kept in the dtype of the last input (as bitsandbytes does).
+    compute_dtype
+        How products are formed: float32, and float16, in float32; bfloat16: x and codebook are rounded to
+        bfloat16 first; sums are float32 in any case. None: taken from the first float32 or bfloat16 input.
+    compress_statistics
+        Double quantization of the scales.
+    quant_type
+        "nf4" or "fp4".
+    quant_storage
+        dtype the packed bytes are kept in.
+    device
+        Where the float weight is made; "meta" for none yet.
+
+    Shape
+    -----
+    x `[..., input_features]` float32, bfloat16 or float16 -> `[..., output_features]` of x's dtype.
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.weight = Params4bit(
+            self.weight.data,
+            requires_grad=False,
+            compress_statistics=compress_statistics,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+            module=self,
+        )
+        self.compute_dtype = compute_dtype
+        self.compute_type_is_set = compute_dtype is not None
+        self.quant_state: QuantState | None = None
+        self.quant_storage = quant_storage
+
+    def set_compute_type(self, x: Tensor) -> None:
+        """Adopt x's dtype as compute dtype where that is fast and safe, and warn where the setting is slow."""
+        if x.dtype in (torch.float32, torch.bfloat16):
+            self.compute_dtype = x.dtype
+        elif x.dtype == torch.float16:
+            # float16 may overflow between layers, so an explicit float32 or bfloat16 is the user's to choose.
+            slow = (
+                "Input type into Linear4bit is torch.float16, but bnb_4bit_compute_dtype=torch.float32 (default). "
+                "This will lead to slow inference"
+            )
+            if self.compute_dtype in (None, torch.float32):
+                logger.warning(slow + ("." if x.numel() == x.shape[-1] else " or training speed."))
+
+    def _compute(self, x: Tensor) -> str:
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        return "bfloat16" if self.compute_dtype == torch.bfloat16 else "float32"
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = self._parameters
+        weight = parameters.get("weight")
+        bias = parameters.get("bias")
+        if (
+            runs_eagerly(x)
+            and type(weight) is Params4bit
+            and (state := weight.quant_state) is not None
+            and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        ):
+            if bias is not None and bias.dtype != x.dtype:
+                bias.data = bias.data.to(x.dtype)
+            if not state.nested:
+                return _C.linear_4bit(
+                    x, weight, state.absmax, state.quant_type, state.blocksize, state.shape, bias, self._compute(x)
+                )
+            state2 = state.state2
+            return _C.linear_4bit(
+                x, weight, state.absmax, state.quant_type, state.blocksize, state.shape, bias, self._compute(x),
+                nested_absmax=state2.absmax, nested_map=state2.code, nested_offset=float(state.offset),
+                nested_blocksize=state2.blocksize,
+            )  # fmt: skip
+        repair_quant_state(self)
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias.data = bias.data.to(x.dtype)
+        return linear_4bit(x, self.weight, self.weight.quant_state, bias, self._compute(x))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
+        super()._apply(fn, recurse)
+        weight = self._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            if state.absmax.device != weight.device:
+                state.to(weight.device)
+            self.quant_state = state
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = getattr(self.weight, "quant_state", None)
+        if state is not None:
+            for key, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list,
+        unexpected_keys: list,
+        error_msgs: list,
+    ) -> None:
+        # bitsandbytes has no such thing: there load_state_dict refuses the keys that state_dict has written.
+        statistics = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight.")}
+        packed = state_dict.get(f"{prefix}weight")
+        if packed is None or not any(".quant_state." in key for key in statistics):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
+        own = (f"{prefix}weight", *statistics)
+        rest = {key: value for key, value in state_dict.items() if key not in own}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if f"{prefix}weight" in missing_keys:
+            missing_keys.remove(f"{prefix}weight")
+        device = packed.device if self.weight.device.type == "meta" else self.weight.device
+        state = QuantState.from_dict(dict(statistics), device=device)
+        if tuple(state.shape) != (self.out_features, self.in_features):
+            error_msgs.append(
+                f"size mismatch for {prefix}weight: the checkpoint's quantized weight stands for "
+                f"{list(state.shape)}, the layer has [{self.out_features}, {self.in_features}]"
+            )
+            return
+        self.weight = Params4bit.from_prequantized(
+            packed.detach().clone(), {k: v.clone() for k, v in statistics.items()}, device=device, module=self
+        )
+        self.quant_storage = packed.dtype
+
+
+class LinearNF4(Linear4bit):
+    """`Linear4bit` with NF4."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
+        )
+
+
+class LinearFP4(Linear4bit):
+    """`Linear4bit` with FP4."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
+        )
