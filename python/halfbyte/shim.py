@@ -63,7 +63,8 @@ def _installed() -> _Finder | None:
     return next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
 
 
-def _is_ours(module: Any) -> bool:
+def is_ours(module: Any) -> bool:
+    """Whether a module is the stand-in, served under the name bitsandbytes."""
     return getattr(module, "__file__", None) == str(_FOLDER / "__init__.py")
 
 
@@ -86,7 +87,7 @@ def install(scales: Literal["absmax", "search"] = "absmax") -> None:
     if scales not in _SCALES:
         raise ValueError(f"install: scales must be one of {_SCALES}, got {scales!r}")
     loaded = sys.modules.get(NAME)
-    if loaded is not None and not _is_ours(loaded):
+    if loaded is not None and not is_ours(loaded):
         raise RuntimeError(
             f"install: the real bitsandbytes is imported already ({getattr(loaded, '__file__', loaded)}); "
             "call halfbyte.install() before anything imports it, best in the first line of the script"
@@ -113,7 +114,7 @@ def uninstall() -> None:
     if finder is None:
         return
     sys.meta_path.remove(finder)
-    if _is_ours(sys.modules.get(NAME)):
+    if is_ours(sys.modules.get(NAME)):
         for name in [n for n in sys.modules if n == NAME or n.startswith(NAME + ".")]:
             del sys.modules[name]
 

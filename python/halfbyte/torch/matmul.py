@@ -117,7 +117,7 @@ def matmul(
         `[..., depth]` float32, bfloat16 or float16; the result has its dtype and range.
     B
         The weight `[rows, depth]`. Ignored when `state` holds the codes already and `has_fp16_weights` is
-        off; a float weight is quantized (anew at each training call) and its codes are kept in the state.
+        off; else it is quantized at each call, for it may have been trained since, and the state keeps the codes.
     out
         Written if given.
     state
@@ -129,7 +129,7 @@ def matmul(
     if threshold > 0.0:
         state.threshold = threshold
     mode = "exact" if state.is_training else "dynamic"
-    if state.CB is None or state.SCB is None or (state.has_fp16_weights and state.is_training):
+    if state.CB is None or state.SCB is None or (state.has_fp16_weights and B.is_floating_point()):
         state.reset_grads()
         state.CB, state.SCB = quantize_int8_weight(B)
     if state.has_fp16_weights and B.requires_grad and torch.is_grad_enabled():

@@ -68,7 +68,8 @@ class Linear8bitLt(nn.Linear):
     def init_8bit_state(self) -> None:
         """Take codes and scales over from the parameter."""
         self.state.CB = self.weight.CB
-        self.state.SCB = self.weight.SCB
+        if self.weight.SCB is not None:
+            self.state.SCB = self.weight.SCB
         self.weight.CB = None
         self.weight.SCB = None
 
