@@ -48,7 +48,9 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != NAME:
             return None  # submodules are found through the package's __path__
-        return spec_from_file_location(NAME, _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)])
+        return spec_from_file_location(
+            NAME, _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)]
+        )
 
     def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
         name = getattr(context, "name", None)

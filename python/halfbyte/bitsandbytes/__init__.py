@@ -41,4 +41,6 @@ def __getattr__(name: str) -> Any:
             raise AttributeError(
                 f"bitsandbytes.{name} is not part of this halfbyte, which stands in for bitsandbytes"
             ) from error
-    raise AttributeError(f"module {__name__!r} (halfbyte, standing in for bitsandbytes) has no attribute {name!r}")
+    raise AttributeError(
+        f"module {__name__!r} (halfbyte, standing in for bitsandbytes) has no attribute {name!r}"
+    )

@@ -16,7 +16,9 @@ from halfbyte.torch import functional as F
 
 _loaded = sys.modules.get(shim.NAME)
 if _loaded is not None and not shim.is_ours(_loaded):
-    raise ImportError("halfbyte.bitsandbytes: the real bitsandbytes is imported already and owns torch.ops.bitsandbytes")
+    raise ImportError(
+        "halfbyte.bitsandbytes: the real bitsandbytes is imported already and owns torch.ops.bitsandbytes"
+    )
 
 _LIBRARY = torch.library.Library("bitsandbytes", "DEF")
 
@@ -46,7 +48,11 @@ def _nothing(*args, **kwargs) -> None:
 
 
 def _outlier_columns_fake(A: Tensor, threshold: float) -> Tensor | None:
-    return A.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64) if threshold > 0.0 else None
+    return (
+        A.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+        if threshold > 0.0
+        else None
+    )
 
 
 def _vectorwise_quant_fake(A: Tensor, threshold: float = 0.0):
@@ -117,7 +123,9 @@ _define(
     F.int8_linear_matmul,
     lambda A, B: A.new_empty((*A.shape[:-1], B.shape[0]), dtype=torch.int32),
 )
-_define("int8_linear_matmul.out(Tensor A, Tensor B, Tensor! out) -> ()", _copies(F.int8_linear_matmul), _nothing)
+_define(
+    "int8_linear_matmul.out(Tensor A, Tensor B, Tensor! out) -> ()", _copies(F.int8_linear_matmul), _nothing
+)
 _define(
     "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
     F.int8_vectorwise_quant,
@@ -144,8 +152,12 @@ _define(
 # ---- 4-bit ---------------------------------------------------------------------------------------
 
 
-def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    packed, state = F.quantize_4bit(A, blocksize=blocksize, quant_type=quant_type, quant_storage=quant_storage)
+def _quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    packed, state = F.quantize_4bit(
+        A, blocksize=blocksize, quant_type=quant_type, quant_storage=quant_storage
+    )
     return packed, state.absmax
 
 
@@ -228,7 +240,9 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor
     return torch.ops.halfbyte.quantize_8bit(A, code.float(), blocksize)
 
 
-def _dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+def _dequantize_blockwise(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
     return torch.ops.halfbyte.dequantize_8bit(A, absmax, code.float(), blocksize, dtype)
 
 
@@ -248,4 +262,6 @@ _define(
     _dequantize_blockwise,
     lambda A, absmax, code, blocksize, dtype: A.new_empty(A.shape, dtype=dtype),
 )
-_define(f"dequantize_blockwise.out({_BLOCKWISE}, Tensor! out) -> ()", _copies(_dequantize_blockwise), _nothing)
+_define(
+    f"dequantize_blockwise.out({_BLOCKWISE}, Tensor! out) -> ()", _copies(_dequantize_blockwise), _nothing
+)

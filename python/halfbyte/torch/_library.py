@@ -27,7 +27,8 @@ def define(
     schema
         Name and signature in torch's schema language, without the namespace.
     cpu
-        The kernel; gets plain CPU tensors.
+        The kernel; gets plain CPU tensors. The dispatcher leaves out arguments that have their default value,
+        so kernel and fake must state the schema's defaults.
     fake
         Same arguments, returns empty tensors of the right shape and dtype.
     save, backward

@@ -200,7 +200,9 @@ def dequantize_4bit(
     _follow(state, A)
     shape, dtype = (state.shape, state.dtype) if out is None else (out.shape, out.dtype)
     if math.prod(shape) != math.prod(state.shape):
-        raise ValueError(f"dequantize_4bit: out must have {math.prod(state.shape)} elements, got {list(shape)}")
+        raise ValueError(
+            f"dequantize_4bit: out must have {math.prod(state.shape)} elements, got {list(shape)}"
+        )
     result = torch.ops.halfbyte.dequantize_4bit(
         _plain(A), state.absmax, state.quant_type, state.blocksize, shape, dtype, *nested_tensors(state)
     )
@@ -438,7 +440,9 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
     return torch.ops.halfbyte.dequantize_rows_int8(_plain(A), stats, torch.float32)
 
 
-def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
+def int8_linear_matmul(
+    A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32
+) -> Tensor:
     """A B^T of int8 A `[..., depth]` and B `[rows, depth]`, exact in int32.
 
     Raises
@@ -463,7 +467,11 @@ def int8_mm_dequant(
 
     A: int32 `[..., rows of b]` from `int8_linear_matmul`; row_stats: one per row of A; col_stats: one per column.
     """
-    y = A.float() * row_stats.reshape(*A.shape[:-1], 1).float() * (col_stats.reshape(-1).float() / (127.0 * 127.0))
+    y = (
+        A.float()
+        * row_stats.reshape(*A.shape[:-1], 1).float()
+        * (col_stats.reshape(-1).float() / (127.0 * 127.0))
+    )
     if bias is not None:
         y = y + bias.float()
     if out is not None:

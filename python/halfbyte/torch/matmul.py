@@ -45,7 +45,9 @@ class MatmulLtState:
 
     def __getattr__(self, name: str) -> None:
         if name in _REMOVED:
-            warnings.warn(f"{type(self).__name__}.{name} is deprecated and always None", FutureWarning, stacklevel=2)
+            warnings.warn(
+                f"{type(self).__name__}.{name} is deprecated and always None", FutureWarning, stacklevel=2
+            )
             return None
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -71,7 +73,12 @@ def quantize_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = weight.detach().contiguous()
     half = weight.to(torch.float16)
-    if weight.dtype != torch.float16 and weight.numel() and not weight.is_meta and weight.abs().max() > _FLOAT16_MAX:
+    if (
+        weight.dtype != torch.float16
+        and weight.numel()
+        and not weight.is_meta
+        and weight.abs().max() > _FLOAT16_MAX
+    ):
         half = weight
     codes, scale, _ = int8_vectorwise_quant(half)
     return codes, scale

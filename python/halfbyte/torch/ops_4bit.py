@@ -17,14 +17,15 @@ from torch import Tensor
 from halfbyte import _C
 from halfbyte.torch._library import blocks, define, flat_bytes
 
-_NESTED = (
-    "Tensor? nested_absmax=None, Tensor? nested_map=None, Tensor? nested_offset=None, int nested_blocksize=256"
-)
+_NESTED = "Tensor? nested_absmax=None, Tensor? nested_map=None, Tensor? nested_offset=None, int nested_blocksize=256"
 _WEIGHT = "Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape"
 
 
 def nested_arguments(
-    nested_absmax: Tensor | None, nested_map: Tensor | None, nested_offset: Tensor | None, nested_blocksize: int
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_blocksize: int,
 ) -> dict:
     """The nested_* keyword arguments of `_C` for the optional tensors of an operator (none when not nested)."""
     if nested_absmax is None:
@@ -40,11 +41,15 @@ def nested_arguments(
 # ---- quantize and dequantize ---------------------------------------------------------------------
 
 
-def _quantize_4bit(x: Tensor, quant_type: str, blocksize: int, scales: str) -> tuple[Tensor, Tensor]:
+def _quantize_4bit(
+    x: Tensor, quant_type: str = "nf4", blocksize: int = 64, scales: str = "absmax"
+) -> tuple[Tensor, Tensor]:
     return _C.quantize_4bit(x, quant_type, blocksize, scales)
 
 
-def _quantize_4bit_fake(x: Tensor, quant_type: str, blocksize: int, scales: str) -> tuple[Tensor, Tensor]:
+def _quantize_4bit_fake(
+    x: Tensor, quant_type: str = "nf4", blocksize: int = 64, scales: str = "absmax"
+) -> tuple[Tensor, Tensor]:
     n = x.numel()
     return (
         x.new_empty(((n + 1) // 2,), dtype=torch.uint8),
@@ -72,11 +77,19 @@ def _dequantize_4bit(
     nested_blocksize: int = 256,
 ) -> Tensor:
     nested = nested_arguments(nested_absmax, nested_map, nested_offset, nested_blocksize)
-    return _C.dequantize_4bit(flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), dtype, **nested)
+    return _C.dequantize_4bit(
+        flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), dtype, **nested
+    )
 
 
 def _dequantize_4bit_fake(
-    packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, shape: list[int], dtype: torch.dtype, *_: object
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+    *_: object,
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
@@ -88,12 +101,12 @@ define(
 )
 
 
-def _nest_absmax(absmax: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+def _nest_absmax(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     codes, nested_absmax, offset = _C.nest_absmax(absmax, blocksize)
     return codes, nested_absmax, torch.tensor(offset, dtype=torch.float32)
 
 
-def _nest_absmax_fake(absmax: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+def _nest_absmax_fake(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     n = absmax.numel()
     return (
         absmax.new_empty((n,), dtype=torch.uint8),
@@ -102,7 +115,11 @@ def _nest_absmax_fake(absmax: Tensor, blocksize: int) -> tuple[Tensor, Tensor, T
     )
 
 
-define("nest_absmax(Tensor absmax, int blocksize=256) -> (Tensor, Tensor, Tensor)", cpu=_nest_absmax, fake=_nest_absmax_fake)
+define(
+    "nest_absmax(Tensor absmax, int blocksize=256) -> (Tensor, Tensor, Tensor)",
+    cpu=_nest_absmax,
+    fake=_nest_absmax_fake,
+)
 
 
 # ---- y = x W^T + b and dx = dy W -----------------------------------------------------------------
@@ -133,7 +150,9 @@ def _linear_4bit_fake(
 ) -> Tensor:
     torch._check(len(shape) == 2, lambda: f"linear_4bit: shape must have 2 dimensions, got {len(shape)}")
     torch._check(x.dim() > 0, lambda: "linear_4bit: x must have at least 1 dimension, got 0")
-    torch._check(x.shape[-1] == shape[1], lambda: f"linear_4bit: x has depth {x.shape[-1]}, weight has {shape[1]}")
+    torch._check(
+        x.shape[-1] == shape[1], lambda: f"linear_4bit: x has depth {x.shape[-1]}, weight has {shape[1]}"
+    )
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
@@ -159,7 +178,9 @@ def _linear_4bit_grad_input(
 def _linear_4bit_grad_input_fake(
     dy: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, shape: list[int], *_: object
 ) -> Tensor:
-    torch._check(len(shape) == 2, lambda: f"linear_4bit_grad_input: shape must have 2 dimensions, got {len(shape)}")
+    torch._check(
+        len(shape) == 2, lambda: f"linear_4bit_grad_input: shape must have 2 dimensions, got {len(shape)}"
+    )
     torch._check(
         dy.shape[-1] == shape[0],
         lambda: f"linear_4bit_grad_input: dy has {dy.shape[-1]} columns, weight has {shape[0]} rows",
@@ -168,7 +189,9 @@ def _linear_4bit_grad_input_fake(
 
 
 def _save_linear(ctx, inputs: tuple, output: Tensor) -> None:
-    _, packed, absmax, quant_type, blocksize, shape, bias, compute, nabsmax, nmap, noffset, nblocksize = inputs
+    _, packed, absmax, quant_type, blocksize, shape, bias, compute, nabsmax, nmap, noffset, nblocksize = (
+        inputs
+    )
     ctx.save_for_backward(packed, absmax, nabsmax, nmap, noffset)
     ctx.settings = (quant_type, blocksize, shape, compute, nblocksize)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -199,7 +222,18 @@ def _grad_input_backward(ctx, ddx: Tensor):
     ddy = None
     if ctx.needs_input_grad[0]:
         ddy = torch.ops.halfbyte.linear_4bit(
-            ddx, packed, absmax, quant_type, blocksize, shape, None, compute, nabsmax, nmap, noffset, nblocksize
+            ddx,
+            packed,
+            absmax,
+            quant_type,
+            blocksize,
+            shape,
+            None,
+            compute,
+            nabsmax,
+            nmap,
+            noffset,
+            nblocksize,
         )
     return ddy, None, None, None, None, None, None, None, None, None, None
 

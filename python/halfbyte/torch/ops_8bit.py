@@ -29,7 +29,9 @@ def _quantize_8bit_fake(x: Tensor, map: Tensor, blocksize: int) -> tuple[Tensor,
     return codes, x.new_empty((blocks(x.numel(), blocksize),), dtype=torch.float32)
 
 
-def _dequantize_8bit(codes: Tensor, absmax: Tensor, map: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+def _dequantize_8bit(
+    codes: Tensor, absmax: Tensor, map: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
     return _C.dequantize_8bit(codes.contiguous(), absmax, map, blocksize, dtype)
 
 
@@ -54,14 +56,14 @@ define(
 # ---- row-wise int8 -------------------------------------------------------------------------------
 
 
-def _quantize_rows_int8(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_rows_int8(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     codes, scale, outliers = _C.quantize_rows_int8(x, threshold)
     if outliers is None:
         outliers = x.new_empty((0,), dtype=torch.bool)
     return codes, scale, outliers
 
 
-def _quantize_rows_int8_fake(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_rows_int8_fake(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(x.dim() > 0, lambda: "quantize_rows_int8: x must have at least 1 dimension, got 0")
     rows = 1
     for size in x.shape[:-1]:
@@ -111,7 +113,12 @@ define("matmul_int8(Tensor a, Tensor b) -> Tensor", cpu=_matmul_int8, fake=_matm
 
 
 def _linear_8bit(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: float = 0.0, mode: str = "dynamic"
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    threshold: float = 0.0,
+    mode: str = "dynamic",
 ) -> Tensor:
     return _C.linear_8bit(x, codes, scale, bias, threshold, mode)
 
@@ -119,7 +126,8 @@ def _linear_8bit(
 def _linear_8bit_fake(x: Tensor, codes: Tensor, *_: object) -> Tensor:
     torch._check(codes.dim() == 2, lambda: f"linear_8bit: codes must have 2 dimensions, got {codes.dim()}")
     torch._check(
-        x.shape[-1] == codes.shape[1], lambda: f"linear_8bit: x has depth {x.shape[-1]}, weight has {codes.shape[1]}"
+        x.shape[-1] == codes.shape[1],
+        lambda: f"linear_8bit: x has depth {x.shape[-1]}, weight has {codes.shape[1]}",
     )
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 _PACKED_PREFIX = "bitsandbytes__"
-_JSON_KEYS = ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")
+_JSON_KEYS = (
+    "quant_type",
+    "blocksize",
+    "dtype",
+    "shape",
+    "nested_blocksize",
+    "nested_dtype",
+    "nested_offset",
+)
 _TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -120,7 +128,9 @@ class QuantState:
         """
         packed = [key for key, value in qs_dict.items() if "quant_state" in key and isinstance(value, Tensor)]
         if not packed and "quant_type" not in {key.rpartition(".")[2] for key in qs_dict}:
-            raise ValueError(f"QuantState.from_dict: no quant_state entry, packed or unpacked, in {sorted(qs_dict)}")
+            raise ValueError(
+                f"QuantState.from_dict: no quant_state entry, packed or unpacked, in {sorted(qs_dict)}"
+            )
         if packed and (len(packed) > 1 or packed[0].rpartition(".")[2] not in cls.valid_qs_type_keys):
             raise ValueError(
                 f"QuantState.from_dict: expected one quant_state entry ending in {' or '.join(cls.valid_qs_type_keys)},"
@@ -204,7 +214,9 @@ class QuantState:
         ):
             return False
         same = _close(self.absmax, other.absmax) and _close(self.code, other.code)
-        return same and (not self.nested or (_close(self.offset, other.offset) and self.state2 == other.state2))
+        return same and (
+            not self.nested or (_close(self.offset, other.offset) and self.state2 == other.state2)
+        )
 
     __hash__ = None
 

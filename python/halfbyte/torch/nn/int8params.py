@@ -99,7 +99,9 @@ class Int8Params(torch.nn.Parameter):
     def cpu(self) -> "Int8Params":
         return self.to("cpu")
 
-    def cuda(self, device: int | torch.device | str | None = None, non_blocking: bool = False) -> "Int8Params":
+    def cuda(
+        self, device: int | torch.device | str | None = None, non_blocking: bool = False
+    ) -> "Int8Params":
         return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device,
                        non_blocking=non_blocking)  # fmt: skip
 

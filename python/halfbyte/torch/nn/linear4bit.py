@@ -27,7 +27,13 @@ _tracing_state = torch._C._get_tracing_state
 
 def runs_eagerly(x: Tensor) -> bool:
     """Whether x is a plain CPU tensor and nobody watches: no compiler, tracer or dispatch mode."""
-    return not is_compiling() and type(x) is Tensor and x.is_cpu and not _dispatch_modes() and _tracing_state() is None
+    return (
+        not is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and not _dispatch_modes()
+        and _tracing_state() is None
+    )
 
 
 class Linear4bit(nn.Linear):
@@ -108,13 +114,22 @@ class Linear4bit(nn.Linear):
             runs_eagerly(x)
             and type(weight) is Params4bit
             and (state := weight.quant_state) is not None
-            and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+            and not (
+                torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+            )
         ):
             if bias is not None and bias.dtype != x.dtype:
                 bias.data = bias.data.to(x.dtype)
             if not state.nested:
                 return _C.linear_4bit(
-                    x, weight, state.absmax, state.quant_type, state.blocksize, state.shape, bias, self._compute(x)
+                    x,
+                    weight,
+                    state.absmax,
+                    state.quant_type,
+                    state.blocksize,
+                    state.shape,
+                    bias,
+                    self._compute(x),
                 )
             state2 = state.state2
             return _C.linear_4bit(
@@ -198,7 +213,14 @@ class LinearNF4(Linear4bit):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(
-            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
+            input_features,
+            output_features,
+            bias,
+            compute_dtype,
+            compress_statistics,
+            "nf4",
+            quant_storage,
+            device,
         )
 
 
@@ -216,5 +238,12 @@ class LinearFP4(Linear4bit):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(
-            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
+            input_features,
+            output_features,
+            bias,
+            compute_dtype,
+            compress_statistics,
+            "fp4",
+            quant_storage,
+            device,
         )

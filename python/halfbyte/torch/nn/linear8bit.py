@@ -91,7 +91,9 @@ class Linear8bitLt(nn.Linear):
                 "e.g. layer.to('cpu') or layer.cuda()"
             )
         mode = "exact" if state.is_training else "dynamic"
-        wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        wants_grad = torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        )
         if not wants_grad and runs_eagerly(x):
             return _C.linear_8bit(x, codes, state.SCB, bias, state.threshold, mode)
         return torch.ops.halfbyte.linear_8bit(x, codes, state.SCB, bias, state.threshold, mode)
@@ -175,4 +177,6 @@ def maybe_rearrange_weight(
     found = found.item() if isinstance(found, Tensor) else found
     name = next((name for name, number in WEIGHT_FORMATS.items() if found in (name, number)), None)
     if name != "row":
-        raise ValueError(f"{prefix}weight_format: only row-major int8 weights can be loaded, got {name or found!r}")
+        raise ValueError(
+            f"{prefix}weight_format: only row-major int8 weights can be loaded, got {name or found!r}"
+        )

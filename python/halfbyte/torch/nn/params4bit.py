@@ -193,7 +193,9 @@ class Params4bit(torch.nn.Parameter):
     def cpu(self) -> "Params4bit":
         return self.to("cpu")
 
-    def cuda(self, device: int | torch.device | str | None = None, non_blocking: bool = False) -> "Params4bit":
+    def cuda(
+        self, device: int | torch.device | str | None = None, non_blocking: bool = False
+    ) -> "Params4bit":
         return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device,
                        non_blocking=non_blocking)  # fmt: skip
 
