@@ -2,5 +2,5 @@
 
 void hb_table_avx2(hb_kernels *kernels)
 {
-    (void)kernels;
+    HB_SET_CODEC(kernels->codec, avx2);
 }
