@@ -3,4 +3,5 @@
 void hb_table_avx512(hb_kernels *kernels)
 {
     HB_SET_CODEC(kernels->codec, avx512);
+    hb_linear4_table_avx512(&kernels->linear4);
 }

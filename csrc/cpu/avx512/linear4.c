@@ -1,0 +1,491 @@
+// Products with 4-bit weights, AVX-512 (F, BW, DQ, VL).
+//
+// Decoding: vpermps takes its index from the low 4 bits of each lane and ignores the rest. A load
+// of 64 bytes is 16 lanes of 8 codes; shifted by 0, 4, .. 28 bits it is eight index vectors, so 128
+// weights cost eight permutes of the codebook and seven shifts, no masks and no unpacking:
+//
+//   lane i = bytes 4i..4i+3; after a shift by 4j it selects column 8i + (j ^ 1)   (high nibble
+//   first)
+//
+// dot keeps that order and permutes x once per call instead; permuted[16j + i] = x[8i + (j ^ 1)] in
+// every group of 128. The sum of a group's 8 products is scaled once: blocks are 4, 8 or 16 lanes.
+// decode_rows transposes 16 rows x 16 lanes of packed codes first, so that a lane is a row of W;
+// decode_cols widens 16-bit words to lanes and leaves columns in the order 4i + (j ^ 1).
+//
+// The bfloat16 set is the same arithmetic on rounded values, for processors without vdpbf16ps.
+#include "core/kernels_linear4.h"
+#include "cpu/simd.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { DOT_ROWS = 4, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128, LANES = 16 };
+
+// ---- conversions ------------------------------------------------------------------------------
+
+// Round to nearest even to 8 significant bits; NaN stays NaN.
+INLINE __m512 rounded_to_bf16(__m512 value)
+{
+    __m512i bits = _mm512_castps_si512(value);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x00400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+// 16 elements of dtype as float32; the masked-out ones are zero and are not read.
+INLINE __m512 load_x(const void *x, int64_t at, hb_dtype dtype, __mmask16 mask)
+{
+    if (dtype == HB_F32) return _mm512_maskz_loadu_ps(mask, (const float *)x + at);
+    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + at);
+    if (dtype == HB_F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE __mmask16 first_lanes(int64_t n)
+{
+    return n >= LANES ? (__mmask16)0xffff : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1);
+}
+
+// ---- dot --------------------------------------------------------------------------------------
+
+// v[2m], v[2m + 1] hold 32 elements in order; their even ones go to v[m], odd ones to v[n/2 + m].
+INLINE void deinterleave(__m512 *v, int n)
+{
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd =
+        _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    __m512 out[8];
+    for (int m = 0; m < n / 2; m++) {
+        out[m] = _mm512_permutex2var_ps(v[2 * m], even, v[2 * m + 1]);
+        out[n / 2 + m] = _mm512_permutex2var_ps(v[2 * m], odd, v[2 * m + 1]);
+    }
+    for (int m = 0; m < n; m++) v[m] = out[m];
+}
+
+INLINE void permute_x(const void *x, hb_dtype dtype, int64_t depth, bool bf16, float *permuted)
+{
+    for (int64_t k = 0; k < depth; k += HB_LINEAR4_X_GROUP) {
+        __m512 v[8];
+        for (int i = 0; i < 8; i++) {
+            v[i] = load_x(x, k + i * LANES, dtype, first_lanes(depth - k - i * LANES));
+            if (bf16) v[i] = rounded_to_bf16(v[i]);
+        }
+        // Element 8i + c: bit 0 of c, then bit 1, then bit 2 is split off.
+        deinterleave(v, 8);
+        deinterleave(v, 4);
+        deinterleave(v + 4, 4);
+        for (int i = 0; i < 8; i += 2) deinterleave(v + i, 2);
+        // v[4a + 2b + c] now holds column offset a + 2b + 4c.
+        for (int j = 0; j < 8; j++) {
+            int column = j ^ 1;
+            int place = (column & 1) * 4 + (column & 2) + (column >> 2);
+            _mm512_store_ps(permuted + k + j * LANES, v[place]);
+        }
+    }
+}
+
+// Scales of the 128 columns from `column`, each in the lanes of its block; 0 beyond `columns`.
+INLINE __m512 group_scales(const float *absmax, int64_t column, int64_t columns, int64_t blocksize,
+                           int shift)
+{
+    if (blocksize >= 128) return _mm512_set1_ps(absmax[column >> shift]);
+    const float *scales = absmax + (column >> shift);
+    if (columns - column < HB_LINEAR4_X_GROUP) {
+        __mmask16 present = (__mmask16)((1u << ((columns - column) >> shift)) - 1);
+        __m512i block = blocksize == 64
+                            ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+                            : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        return _mm512_permutexvar_ps(block, _mm512_maskz_loadu_ps(present, scales));
+    }
+    if (blocksize == 64) {
+        __m512 low = _mm512_set1_ps(scales[0]);
+        return _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(scales + 1));
+    }
+    __m512 all = _mm512_broadcast_f32x4(_mm_loadu_ps(scales));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 all);
+}
+
+// The dword lanes of 128 columns of `rows` rows against T rows of x, added to total[row][t].
+INLINE void dot_group(const __m512i *words, const __m512 *scale, __m512 codebook, const float *x,
+                      int64_t x_stride, const int rows, const int n_x, __m512 *total)
+{
+    __m512 sum[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        __m512 weight[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+            weight[r] =
+                _mm512_permutexvar_ps(_mm512_srli_epi32(words[r], (unsigned)(4 * j)), codebook);
+#pragma GCC unroll 4
+        for (int t = 0; t < n_x; t++) {
+            __m512 value = _mm512_load_ps(x + t * x_stride + j * LANES);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+                sum[r * n_x + t] = j == 0 ? _mm512_mul_ps(weight[r], value)
+                                          : _mm512_fmadd_ps(weight[r], value, sum[r * n_x + t]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < n_x; t++)
+            total[r * n_x + t] = _mm512_fmadd_ps(scale[r], sum[r * n_x + t], total[r * n_x + t]);
+}
+
+#ifndef PF
+#define PF 2048
+#endif
+// `rows` rows of W from row `first` against n_x rows of x, both small constants.
+INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, int64_t blocksize,
+                     __m512 codebook, const float *x, const int rows, const int n_x, float *y,
+                     int64_t y_stride)
+{
+    const int shift = __builtin_ctzll((unsigned long long)blocksize);
+    const int64_t x_stride = hb_ceil_div(depth, HB_LINEAR4_X_GROUP) * HB_LINEAR4_X_GROUP;
+    const uint8_t *packed[4];
+    const float *absmax[4];
+    __m512 total[8];
+    for (int r = 0; r < rows; r++) {
+        packed[r] = w->packed + (first + r) * w->row_bytes;
+        absmax[r] = w->absmax + (first + r) * w->absmax_stride;
+        for (int t = 0; t < n_x; t++) total[r * n_x + t] = _mm512_setzero_ps();
+    }
+    int64_t k = 0;
+    for (; k + HB_LINEAR4_X_GROUP <= depth; k += HB_LINEAR4_X_GROUP) {
+        __m512i words[4];
+        __m512 scale[4];
+        for (int r = 0; r < rows; r++) {
+            words[r] = _mm512_loadu_si512(packed[r] + k / 2);
+            scale[r] = group_scales(absmax[r], k, depth, blocksize, shift);
+            _mm_prefetch((const char *)packed[0] + k / 2 * rows + r * 64 + PF, _MM_HINT_T0);
+        }
+        dot_group(words, scale, codebook, x + k, x_stride, rows, n_x, total);
+    }
+    if (k < depth) {
+        __mmask16 present = first_lanes((depth - k) / 8);
+        __m512i words[4];
+        __m512 scale[4];
+        for (int r = 0; r < rows; r++) {
+            words[r] = _mm512_maskz_loadu_epi32(present, packed[r] + k / 2);
+            scale[r] = group_scales(absmax[r], k, depth, blocksize, shift);
+        }
+        dot_group(words, scale, codebook, x + k, x_stride, rows, n_x, total);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < n_x; t++)
+            y[t * y_stride + first + r] = _mm512_reduce_add_ps(total[r * n_x + t]);
+}
+
+INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
+                     __m512 codebook, const float *x, const int rows, const int n_x, float *y,
+                     int64_t y_stride)
+{
+    int64_t r = 0;
+    for (; r + rows <= n_rows; r += rows)
+        dot_some(w, r, depth, blocksize, codebook, x, rows, n_x, y, y_stride);
+    for (; rows > 1 && r < n_rows; r++)
+        dot_some(w, r, depth, blocksize, codebook, x, 1, n_x, y, y_stride);
+}
+
+#ifndef R1
+#define R1 2
+#endif
+INLINE void dot_blocks(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
+                       __m512 codebook, const float *x, int n_x, float *y, int64_t y_stride)
+{
+    switch (n_x) {
+    case 1: dot_rows(w, n_rows, depth, blocksize, codebook, x, R1, 1, y, y_stride); break;
+    case 2: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 2, y, y_stride); break;
+    case 3: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 3, y, y_stride); break;
+    default: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 4, y, y_stride); break;
+    }
+}
+
+INLINE void dot(const hb_matrix4 *w, int64_t n_rows, int64_t depth, __m512 codebook, const float *x,
+                int n_x, float *y, int64_t y_stride)
+{
+    if (w->blocksize == 64)
+        dot_blocks(w, n_rows, depth, 64, codebook, x, n_x, y, y_stride);
+    else if (w->blocksize == 32)
+        dot_blocks(w, n_rows, depth, 32, codebook, x, n_x, y, y_stride);
+    else
+        dot_blocks(w, n_rows, depth, w->blocksize < 128 ? 128 : w->blocksize, codebook, x, n_x, y,
+                   y_stride);
+}
+
+// ---- panel ------------------------------------------------------------------------------------
+
+INLINE void pack_x(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int64_t steps,
+                   bool bf16, float *packed)
+{
+    for (int64_t s = 0; s < steps; s += HB_LINEAR4_X_BLOCK) {
+        __mmask16 present = first_lanes(steps - s);
+        for (int t = 0; t < TILE_ROWS; t++) {
+            __m512 value = _mm512_setzero_ps();
+            if (t < n_x) value = load_x(x, t * x_stride + s, dtype, present);
+            _mm512_store_ps(packed + s * TILE_ROWS + t * LANES,
+                            bf16 ? rounded_to_bf16(value) : value);
+        }
+    }
+}
+
+// 16 x 16 transposition of 32-bit lanes.
+INLINE void transpose(__m512i *v)
+{
+    __m512i a[16];
+    for (int i = 0; i < 16; i += 4) {
+        __m512i ab_low = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        __m512i ab_high = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        __m512i cd_low = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
+        __m512i cd_high = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+        a[i] = _mm512_unpacklo_epi64(ab_low, cd_low);
+        a[i + 1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+        a[i + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+        a[i + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+    }
+    // a[4q + c], 128-bit part p: rows 4q..4q+3 of column 4p + c.
+    for (int c = 0; c < 4; c++) {
+        __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+        __m512i odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+        __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+        v[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+        v[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+        v[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+        v[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
+    }
+}
+
+// 128 columns (fewer at the end: 32 i) of up to 16 rows into 16 columns of the panel.
+INLINE void decode_16_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, int64_t depth,
+                           __m512 codebook, bool bf16, float *panel)
+{
+    const int64_t blocksize = w->blocksize;
+    __mmask16 present = first_lanes(depth / 8);
+    __m512i words[16];
+    _Alignas(64) float scales[4][16] = {{0}};
+    for (int r = 0; r < 16; r++) {
+        words[r] = _mm512_setzero_si512();
+        if (r >= n_rows) continue;
+        const uint8_t *row = w->packed + (first + r) * w->row_bytes;
+        const float *absmax = w->absmax + (first + r) * w->absmax_stride;
+        words[r] = _mm512_maskz_loadu_epi32(present, row);
+        _mm_prefetch((const char *)row + 64, _MM_HINT_T0);
+        for (int64_t b = 0; b * blocksize < depth; b++) scales[b][r] = absmax[b];
+    }
+    transpose(words);
+    for (int64_t i = 0; i * 8 < depth; i++) {
+        __m512 scale = _mm512_load_ps(scales[i * 8 / blocksize]);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            __m512i index = _mm512_srli_epi32(words[i], (unsigned)(4 * j));
+            __m512 weight = _mm512_mul_ps(_mm512_permutexvar_ps(index, codebook), scale);
+            if (bf16) weight = rounded_to_bf16(weight);
+            _mm512_store_ps(panel + (i * 8 + (j ^ 1)) * TILE_COLS, weight);
+        }
+    }
+}
+
+INLINE void decode_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, bool bf16, float *panel)
+{
+    __m512 codebook = _mm512_load_ps(w->codebook);
+    for (int64_t r = 0; r < TILE_COLS; r += 16)
+        decode_16_rows(w, r, n_rows - r, depth, codebook, bf16, panel + r);
+}
+
+INLINE void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, bool bf16,
+                        float *panel)
+{
+    __m512 codebook = _mm512_load_ps(w->codebook);
+    __mmask16 present = first_lanes(n_cols / 4);
+    for (int64_t r = 0; r < n_rows; r++) {
+        const uint8_t *row = w->packed + r * w->row_bytes;
+        const float *absmax = w->absmax + r * w->absmax_stride;
+        __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, row));
+        __m512 scale = _mm512_set1_ps(absmax[0]);
+        if (w->blocksize == 32 && n_cols > 32)
+            scale = _mm512_mask_broadcastss_ps(scale, 0xff00, _mm_load_ss(absmax + 1));
+        _mm_prefetch((const char *)row + 16 * w->row_bytes, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            __m512i index = _mm512_srli_epi32(words, (unsigned)(4 * j));
+            __m512 weight =
+                _mm512_maskz_mul_ps(present, _mm512_permutexvar_ps(index, codebook), scale);
+            if (bf16) weight = rounded_to_bf16(weight);
+            _mm512_store_ps(panel + r * TILE_COLS + j * LANES, weight);
+        }
+    }
+}
+
+// n_x rows of x times the panel; n_x is a constant at each call.
+INLINE void tile(const float *packed, const float *panel, int64_t steps, bool accumulate,
+                 float *sums, const int n_x)
+{
+    __m512 sum[TILE_ROWS][4];
+#pragma GCC unroll 6
+    for (int t = 0; t < n_x; t++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) sum[t][c] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps; s += HB_LINEAR4_X_BLOCK) {
+        int64_t block = steps - s < HB_LINEAR4_X_BLOCK ? steps - s : HB_LINEAR4_X_BLOCK;
+        const float *x = packed + s * TILE_ROWS;
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < block; i++) {
+            __m512 weight[4];
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) weight[c] = _mm512_load_ps(panel + c * LANES);
+            panel += TILE_COLS;
+#pragma GCC unroll 6
+            for (int t = 0; t < n_x; t++) {
+                __m512 value = _mm512_set1_ps(x[t * LANES]);
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++)
+                    sum[t][c] = _mm512_fmadd_ps(value, weight[c], sum[t][c]);
+            }
+            x++;
+        }
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < n_x; t++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            float *target = sums + t * TILE_COLS + c * LANES;
+            if (accumulate) sum[t][c] = _mm512_add_ps(_mm512_load_ps(target), sum[t][c]);
+            _mm512_store_ps(target, sum[t][c]);
+        }
+}
+
+// ---- float32 set ------------------------------------------------------------------------------
+
+static void hb_linear4_permute_x_f32_avx512(const void *x, hb_dtype dtype, int64_t depth,
+                                            void *permuted)
+{
+    permute_x(x, dtype, depth, false, permuted);
+}
+
+static void hb_linear4_dot_f32_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
+                                      const void *permuted, int n_x, float *y, int64_t y_stride)
+{
+    dot(w, n_rows, depth, _mm512_load_ps(w->codebook), permuted, n_x, y, y_stride);
+}
+
+static void hb_linear4_pack_x_f32_avx512(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
+                                         int64_t steps, void *packed)
+{
+    pack_x(x, dtype, x_stride, n_x, steps, false, packed);
+}
+
+static void hb_linear4_decode_rows_f32_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
+                                              void *panel)
+{
+    decode_rows(w, n_rows, depth, false, panel);
+}
+
+static void hb_linear4_decode_cols_f32_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
+                                              void *panel)
+{
+    decode_cols(w, n_rows, n_cols, false, panel);
+}
+
+static void hb_linear4_tile_f32_avx512(const void *packed, const void *panel, int64_t steps,
+                                       int n_x, bool accumulate, float *sums)
+{
+    switch (n_x) {
+    case 1: tile(packed, panel, steps, accumulate, sums, 1); break;
+    case 2: tile(packed, panel, steps, accumulate, sums, 2); break;
+    case 3: tile(packed, panel, steps, accumulate, sums, 3); break;
+    case 4: tile(packed, panel, steps, accumulate, sums, 4); break;
+    case 5: tile(packed, panel, steps, accumulate, sums, 5); break;
+    default: tile(packed, panel, steps, accumulate, sums, 6); break;
+    }
+}
+
+// ---- bfloat16 set -----------------------------------------------------------------------------
+
+static void hb_linear4_permute_x_bf16_avx512(const void *x, hb_dtype dtype, int64_t depth,
+                                             void *permuted)
+{
+    permute_x(x, dtype, depth, true, permuted);
+}
+
+static void hb_linear4_dot_bf16_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
+                                       const void *permuted, int n_x, float *y, int64_t y_stride)
+{
+    __m512 codebook = rounded_to_bf16(_mm512_load_ps(w->codebook));
+    dot(w, n_rows, depth, codebook, permuted, n_x, y, y_stride);
+}
+
+static void hb_linear4_pack_x_bf16_avx512(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
+                                          int64_t steps, void *packed)
+{
+    pack_x(x, dtype, x_stride, n_x, steps, true, packed);
+}
+
+static void hb_linear4_decode_rows_bf16_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
+                                               void *panel)
+{
+    decode_rows(w, n_rows, depth, true, panel);
+}
+
+static void hb_linear4_decode_cols_bf16_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
+                                               void *panel)
+{
+    decode_cols(w, n_rows, n_cols, true, panel);
+}
+
+// ---- both -------------------------------------------------------------------------------------
+
+static void hb_linear4_finish_avx512(const float *sums, const float *bias, int64_t n,
+                                     hb_dtype dtype, void *y)
+{
+    for (int64_t i = 0; i < n; i += LANES) {
+        __mmask16 present = first_lanes(n - i);
+        __m512 value = _mm512_maskz_loadu_ps(present, sums + i);
+        if (bias != NULL) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(present, bias + i));
+        if (dtype == HB_F32) {
+            _mm512_mask_storeu_ps((float *)y + i, present, value);
+            continue;
+        }
+        __m256i half;
+        if (dtype == HB_F16) {
+            half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        } else {
+            __m512i bits = _mm512_castps_si512(rounded_to_bf16(value));
+            half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+        }
+        _mm256_mask_storeu_epi16((uint16_t *)y + i, present, half);
+    }
+}
+
+void hb_linear4_table_avx512(hb_kernels_linear4 *kernels)
+{
+    hb_linear4_set set = {
+        .dot_rows = DOT_ROWS,
+        .dot_until = DOT_ROWS,
+        .tile_rows = TILE_ROWS,
+        .tile_cols = TILE_COLS,
+        .panel_steps = PANEL_STEPS,
+        .pair = 1,
+        .element_bytes = sizeof(float),
+        .permute_x = hb_linear4_permute_x_f32_avx512,
+        .dot = hb_linear4_dot_f32_avx512,
+        .pack_x = hb_linear4_pack_x_f32_avx512,
+        .decode_rows = hb_linear4_decode_rows_f32_avx512,
+        .decode_cols = hb_linear4_decode_cols_f32_avx512,
+        .tile = hb_linear4_tile_f32_avx512,
+    };
+    for (int c = 0; c < TILE_COLS; c++)
+        set.column_order[c] = (uint8_t)(4 * (c % LANES) + (c / LANES ^ 1));
+    kernels->f32 = set;
+    set.permute_x = hb_linear4_permute_x_bf16_avx512;
+    set.dot = hb_linear4_dot_bf16_avx512;
+    set.pack_x = hb_linear4_pack_x_bf16_avx512;
+    set.decode_rows = hb_linear4_decode_rows_bf16_avx512;
+    set.decode_cols = hb_linear4_decode_cols_bf16_avx512;
+    kernels->bf16 = set;
+    kernels->finish = hb_linear4_finish_avx512;
+}
