@@ -10,6 +10,7 @@
 // columns: with at least 32 of them W is read as if quantized with that block size, its scales
 // copied out per range of rows (as nested scales are). Otherwise (depth no multiple of 32) elements
 // are decoded one by one into the same panels.
+#include "core/matrix.h"
 #include "core/ops.h"
 
 #include <inttypes.h>
@@ -24,12 +25,6 @@ enum {
     MIN_BLOCKSIZE = 32,     // what kernels take
 };
 
-// A view as a matrix: all dimensions but the last are rows.
-typedef struct {
-    const hb_view *view;
-    int64_t rows, cols, col_stride;
-} matrix;
-
 typedef struct {
     hb_context *context;
     const hb_linear4_set *set;
@@ -37,7 +32,7 @@ typedef struct {
     bool backward, bf16;
     int64_t blocksize; // that kernels see: power of two >= 32 dividing depth; 0: element by element
     bool expand;       // scales are copied out (nested, or blocks straddle rows)
-    matrix x, y;
+    hb_matrix x, y;
     int64_t steps, outputs;
     const float *bias; // [outputs] or NULL
 
@@ -62,59 +57,6 @@ static int64_t round_up(int64_t n, int64_t multiple)
 static int64_t least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
-}
-
-// ---- views as matrices ------------------------------------------------------------------------
-
-static matrix matrix_of(const hb_view *view)
-{
-    int last = view->ndim - 1;
-    matrix m = {
-        .view = view, .rows = 1, .cols = view->shape[last], .col_stride = view->stride[last]};
-    for (int d = 0; d < last; d++) m.rows *= view->shape[d];
-    if (m.cols == 1) m.col_stride = 1;
-    return m;
-}
-
-// Offset in elements of row `row`.
-static int64_t row_offset(const matrix *m, int64_t row)
-{
-    int64_t offset = 0;
-    for (int d = m->view->ndim - 2; d >= 0; d--) {
-        int64_t size = m->view->shape[d];
-        offset += row % size * m->view->stride[d];
-        row /= size;
-    }
-    return offset;
-}
-
-static unsigned char *element(const matrix *m, int64_t offset)
-{
-    return (unsigned char *)m->view->data + offset * (int64_t)hb_dtype_bytes(m->view->dtype);
-}
-
-// Rows [begin, begin + n) as contiguous elements behind one another? Then *stride is their
-// distance.
-static bool rows_are_regular(const matrix *m, int64_t begin, int64_t n, int64_t *stride)
-{
-    *stride = n > 1 ? row_offset(m, begin + 1) - row_offset(m, begin) : m->cols;
-    if (m->col_stride != 1) return false;
-    if (m->view->ndim <= 2) return true;
-    for (int64_t i = 2; i < n; i++)
-        if (row_offset(m, begin + i) - row_offset(m, begin + i - 1) != *stride) return false;
-    return true;
-}
-
-static void gather_row(const matrix *m, int64_t row, void *target)
-{
-    int64_t offset = row_offset(m, row);
-    if (hb_dtype_bytes(m->view->dtype) == 4) {
-        for (int64_t i = 0; i < m->cols; i++)
-            ((uint32_t *)target)[i] = *(const uint32_t *)element(m, offset + i * m->col_stride);
-    } else {
-        for (int64_t i = 0; i < m->cols; i++)
-            ((uint16_t *)target)[i] = *(const uint16_t *)element(m, offset + i * m->col_stride);
-    }
 }
 
 // ---- weights ----------------------------------------------------------------------------------
@@ -191,21 +133,8 @@ static void decode_elements(const product *p, int64_t row, int64_t n_rows, int64
 // Outputs [begin, begin + n), n <= 64, of row m of y, from sums in natural order.
 static void store(const product *p, int64_t m, int64_t begin, int64_t n, const float *sums)
 {
-    const matrix *y = &p->y;
-    const hb_kernels_linear4 *kernels = &p->context->kernels.linear4;
     const float *bias = p->bias != NULL ? p->bias + begin : NULL;
-    hb_dtype dtype = y->view->dtype;
-    int64_t offset = row_offset(y, m) + begin * y->col_stride;
-    if (y->col_stride == 1) {
-        kernels->finish(sums, bias, n, dtype, element(y, offset));
-        return;
-    }
-    _Alignas(64) float row[HB_LINEAR4_MAX_TILE_COLS];
-    kernels->finish(sums, bias, n, dtype, row);
-    size_t bytes = hb_dtype_bytes(dtype);
-    for (int64_t i = 0; i < n; i++)
-        memcpy(element(y, offset + i * y->col_stride), (unsigned char *)row + (size_t)i * bytes,
-               bytes);
+    hb_matrix_finish(&p->context->kernels.linear4, &p->y, m, begin, n, sums, bias);
 }
 
 // ---- dot regime -------------------------------------------------------------------------------
@@ -249,8 +178,9 @@ static void permute_rows(void *arg, int64_t begin, int64_t end, int lane)
         const void *row =
             p->gathered != NULL
                 ? p->gathered + m * p->steps * (int64_t)hb_dtype_bytes(p->x.view->dtype)
-                : element(&p->x, row_offset(&p->x, p->m_begin + m));
-        if (p->gathered != NULL) gather_row(&p->x, p->m_begin + m, (void *)(uintptr_t)row);
+                : hb_matrix_element(&p->x, hb_matrix_row_offset(&p->x, p->m_begin + m));
+        if (p->gathered != NULL)
+            hb_matrix_gather_row(&p->x, p->m_begin + m, (void *)(uintptr_t)row);
         p->set->permute_x(row, p->x.view->dtype, p->steps, p->packed + m * p->packed_stride);
     }
 }
@@ -350,11 +280,12 @@ static void pack_tiles(void *arg, int64_t begin, int64_t end, int lane)
         int n_x = (int)least(p->set->tile_rows, p->m_count - m);
         int64_t stride;
         const void *rows;
-        if (rows_are_regular(&p->x, p->m_begin + m, n_x, &stride)) {
-            rows = element(&p->x, row_offset(&p->x, p->m_begin + m));
+        if (hb_matrix_rows_are_regular(&p->x, p->m_begin + m, n_x, &stride)) {
+            rows = hb_matrix_element(&p->x, hb_matrix_row_offset(&p->x, p->m_begin + m));
         } else {
             for (int i = 0; i < n_x; i++)
-                gather_row(&p->x, p->m_begin + m + i, p->gathered + (m + i) * p->steps * bytes);
+                hb_matrix_gather_row(&p->x, p->m_begin + m + i,
+                                     p->gathered + (m + i) * p->steps * bytes);
             rows = p->gathered + m * p->steps * bytes;
             stride = p->steps;
         }
@@ -398,7 +329,7 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
     const int64_t pass_rows = least(pass_units * unit, rows);
 
     int64_t stride;
-    const bool gather = !rows_are_regular(&p->x, 0, rows, &stride);
+    const bool gather = !hb_matrix_rows_are_regular(&p->x, 0, rows, &stride);
     const int64_t group = use_dot ? DOT_CHUNK_ROWS : outputs_per_chunk(p);
     const int64_t n_groups = hb_ceil_div(p->outputs, group);
     const int64_t tiles = hb_ceil_div(pass_rows, set->tile_rows);
@@ -477,45 +408,6 @@ static hb_status check_weight(const hb_tensor4 *w, const char *function, hb_erro
     return HB_OK;
 }
 
-static hb_status check_view(const hb_view *view, const char *function, const char *name,
-                            hb_error *error)
-{
-    HB_CHECK(error, view->device.type == HB_CPU, HB_ERR_DEVICE,
-             "%s: %s, expected memory of the CPU, got device type %d", function, name,
-             (int)view->device.type);
-    HB_CHECK(error, hb_dtype_is_io(view->dtype), HB_ERR_TYPE,
-             "%s: %s, expected float32, bfloat16 or float16, got %s", function, name,
-             hb_dtype_name(view->dtype));
-    HB_CHECK(error, view->ndim >= 1, HB_ERR_VALUE,
-             "%s: %s, expected at least one dimension, got none", function, name);
-    return HB_OK;
-}
-
-static hb_status check_views(const hb_view *x, int64_t x_cols, const char *x_name,
-                             const char *x_size, const hb_view *y, int64_t y_cols,
-                             const char *y_name, const char *y_size, const char *function,
-                             hb_error *error)
-{
-    HB_TRY(check_view(x, function, x_name, error));
-    HB_TRY(check_view(y, function, y_name, error));
-    HB_CHECK(error, !y->readonly, HB_ERR_BUFFER, "%s: %s, expected writable memory, got read-only",
-             function, y_name);
-    HB_CHECK(error, x->shape[x->ndim - 1] == x_cols, HB_ERR_VALUE,
-             "%s: %s has %s %" PRId64 ", weight has %" PRId64, function, x_name, x_size,
-             x->shape[x->ndim - 1], x_cols);
-    HB_CHECK(error, y->shape[y->ndim - 1] == y_cols, HB_ERR_VALUE,
-             "%s: %s has %s %" PRId64 ", weight has %" PRId64, function, y_name, y_size,
-             y->shape[y->ndim - 1], y_cols);
-    HB_CHECK(error, x->ndim == y->ndim, HB_ERR_VALUE,
-             "%s: %s, expected %d dimensions like %s, got %d", function, y_name, x->ndim, x_name,
-             y->ndim);
-    for (int d = 0; d < x->ndim - 1; d++)
-        HB_CHECK(error, x->shape[d] == y->shape[d], HB_ERR_VALUE,
-                 "%s: %s, expected size %" PRId64 " in dimension %d like %s, got %" PRId64,
-                 function, y_name, x->shape[d], d, x_name, y->shape[d]);
-    return HB_OK;
-}
-
 static void prepare(product *p, hb_context *context, const hb_tensor4 *w, hb_compute compute,
                     const hb_view *x, const hb_view *y)
 {
@@ -523,8 +415,8 @@ static void prepare(product *p, hb_context *context, const hb_tensor4 *w, hb_com
     p->w = w;
     p->bf16 = compute == HB_COMPUTE_BF16;
     p->set = p->bf16 ? &context->kernels.linear4.bf16 : &context->kernels.linear4.f32;
-    p->x = matrix_of(x);
-    p->y = matrix_of(y);
+    p->x = hb_matrix_of(x);
+    p->y = hb_matrix_of(y);
     p->steps = p->x.cols;
     p->outputs = p->y.cols;
     memcpy(p->codebook, hb_codebook4_get(w->format)->value, sizeof p->codebook);
@@ -540,9 +432,10 @@ hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4
 {
     static const char function[] = "linear_4bit";
     HB_TRY(check_weight(w, function, error));
-    HB_TRY(check_views(x, w->depth, "x", "depth", y, w->rows, "y", "columns", function, error));
+    HB_TRY(hb_matrix_check_views(x, w->depth, "x", "depth", y, w->rows, "y", "columns", function,
+                                 error));
     if (bias != NULL) {
-        HB_TRY(check_view(bias, function, "bias", error));
+        HB_TRY(hb_matrix_check_view(bias, function, "bias", error));
         HB_CHECK(error, bias->ndim == 1 && bias->shape[0] == w->rows, HB_ERR_VALUE,
                  "linear_4bit: bias, expected shape [%" PRId64 "], got %d dimensions of %" PRId64
                  " elements",
@@ -558,7 +451,8 @@ hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, cons
 {
     static const char function[] = "linear_4bit_grad_input";
     HB_TRY(check_weight(w, function, error));
-    HB_TRY(check_views(dy, w->rows, "dy", "columns", dx, w->depth, "dx", "depth", function, error));
+    HB_TRY(hb_matrix_check_views(dy, w->rows, "dy", "columns", dx, w->depth, "dx", "depth",
+                                 function, error));
     product p = {.backward = true};
     prepare(&p, context, w, compute, dy, dx);
     return run_product(&p, NULL, function, error);

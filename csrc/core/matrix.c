@@ -1,0 +1,110 @@
+#include "core/matrix.h"
+
+#include <inttypes.h>
+
+hb_matrix hb_matrix_of(const hb_view *view)
+{
+    int last = view->ndim - 1;
+    hb_matrix m = {
+        .view = view, .rows = 1, .cols = view->shape[last], .col_stride = view->stride[last]};
+    for (int d = 0; d < last; d++) m.rows *= view->shape[d];
+    if (m.cols == 1) m.col_stride = 1;
+    return m;
+}
+
+int64_t hb_matrix_row_offset(const hb_matrix *m, int64_t row)
+{
+    int64_t offset = 0;
+    for (int d = m->view->ndim - 2; d >= 0; d--) {
+        int64_t size = m->view->shape[d];
+        offset += row % size * m->view->stride[d];
+        row /= size;
+    }
+    return offset;
+}
+
+unsigned char *hb_matrix_element(const hb_matrix *m, int64_t offset)
+{
+    return (unsigned char *)m->view->data + offset * (int64_t)hb_dtype_bytes(m->view->dtype);
+}
+
+bool hb_matrix_rows_are_regular(const hb_matrix *m, int64_t begin, int64_t n, int64_t *stride)
+{
+    *stride = n > 1 ? hb_matrix_row_offset(m, begin + 1) - hb_matrix_row_offset(m, begin) : m->cols;
+    if (m->col_stride != 1) return false;
+    if (m->view->ndim <= 2) return true;
+    for (int64_t i = 2; i < n; i++)
+        if (hb_matrix_row_offset(m, begin + i) - hb_matrix_row_offset(m, begin + i - 1) != *stride)
+            return false;
+    return true;
+}
+
+void hb_matrix_gather_row(const hb_matrix *m, int64_t row, void *target)
+{
+    int64_t offset = hb_matrix_row_offset(m, row);
+    if (hb_dtype_bytes(m->view->dtype) == 4) {
+        for (int64_t i = 0; i < m->cols; i++)
+            ((uint32_t *)target)[i] =
+                *(const uint32_t *)hb_matrix_element(m, offset + i * m->col_stride);
+    } else {
+        for (int64_t i = 0; i < m->cols; i++)
+            ((uint16_t *)target)[i] =
+                *(const uint16_t *)hb_matrix_element(m, offset + i * m->col_stride);
+    }
+}
+
+void hb_matrix_finish(const hb_kernels_linear4 *kernels, const hb_matrix *y, int64_t row,
+                      int64_t begin, int64_t n, const float *sums, const float *bias)
+{
+    const hb_dtype dtype = y->view->dtype;
+    const int64_t offset = hb_matrix_row_offset(y, row) + begin * y->col_stride;
+    if (y->col_stride == 1) {
+        kernels->finish(sums, bias, n, dtype, hb_matrix_element(y, offset));
+        return;
+    }
+    _Alignas(64) float dense[HB_LINEAR4_MAX_TILE_COLS];
+    kernels->finish(sums, bias, n, dtype, dense);
+    const size_t bytes = hb_dtype_bytes(dtype);
+    for (int64_t i = 0; i < n; i++)
+        memcpy(hb_matrix_element(y, offset + i * y->col_stride),
+               (unsigned char *)dense + (size_t)i * bytes, bytes);
+}
+
+hb_status hb_matrix_check_view(const hb_view *view, const char *function, const char *name,
+                               hb_error *error)
+{
+    HB_CHECK(error, view->device.type == HB_CPU, HB_ERR_DEVICE,
+             "%s: %s, expected memory of the CPU, got device type %d", function, name,
+             (int)view->device.type);
+    HB_CHECK(error, hb_dtype_is_io(view->dtype), HB_ERR_TYPE,
+             "%s: %s, expected float32, bfloat16 or float16, got %s", function, name,
+             hb_dtype_name(view->dtype));
+    HB_CHECK(error, view->ndim >= 1, HB_ERR_VALUE,
+             "%s: %s, expected at least one dimension, got none", function, name);
+    return HB_OK;
+}
+
+hb_status hb_matrix_check_views(const hb_view *x, int64_t x_cols, const char *x_name,
+                                const char *x_size, const hb_view *y, int64_t y_cols,
+                                const char *y_name, const char *y_size, const char *function,
+                                hb_error *error)
+{
+    HB_TRY(hb_matrix_check_view(x, function, x_name, error));
+    HB_TRY(hb_matrix_check_view(y, function, y_name, error));
+    HB_CHECK(error, !y->readonly, HB_ERR_BUFFER, "%s: %s, expected writable memory, got read-only",
+             function, y_name);
+    HB_CHECK(error, x->shape[x->ndim - 1] == x_cols, HB_ERR_VALUE,
+             "%s: %s has %s %" PRId64 ", weight has %" PRId64, function, x_name, x_size,
+             x->shape[x->ndim - 1], x_cols);
+    HB_CHECK(error, y->shape[y->ndim - 1] == y_cols, HB_ERR_VALUE,
+             "%s: %s has %s %" PRId64 ", weight has %" PRId64, function, y_name, y_size,
+             y->shape[y->ndim - 1], y_cols);
+    HB_CHECK(error, x->ndim == y->ndim, HB_ERR_VALUE,
+             "%s: %s, expected %d dimensions like %s, got %d", function, y_name, x->ndim, x_name,
+             y->ndim);
+    for (int d = 0; d < x->ndim - 1; d++)
+        HB_CHECK(error, x->shape[d] == y->shape[d], HB_ERR_VALUE,
+                 "%s: %s, expected size %" PRId64 " in dimension %d like %s, got %" PRId64,
+                 function, y_name, x->shape[d], d, x_name, y->shape[d]);
+    return HB_OK;
+}
