@@ -1,0 +1,522 @@
+"""Carrying out a plan: one pass over the source by tiles, into OUT.partial, which is renamed at the end.
+
+    plan -> create files, preallocate, write headers
+         -> threads:  next tile -> pread -> quantize (C, without the GIL) -> pwrite
+         -> the last tile of a tensor: double quantization of its scales, its JSON
+         -> hash and fsync each file -> tokenizer files, manifest, config.json -> fsync -> rename
+
+A thread holds one tile. Tiles are given out in the order of the source, so that reading is sequential; each
+is written to its own place, so the result does not depend on who did it when. Nothing at OUT is touched
+before the rename, config.json is the last file to appear, and OUT.partial is held with flock, so that a
+folder left by a killed run is told from one in use: it is removed and the work starts anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfbyte import _C
+from halfbyte.checkpoint.plan import MANIFEST_NAME, Job, Plan
+from halfbyte.errors import CheckpointError, from_os_error
+from halfbyte.formats.bitsandbytes import NESTED_BLOCKSIZE, quant_state_blob
+from halfbyte.formats.folder import read_small
+from halfbyte.formats.safetensors import write_at
+
+# Called with (bytes of the source done, bytes of the source, name of the tensor or of the step).
+Progress = Callable[[int, int, str], None]
+
+_NUMPY_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+_COPY_BYTES = 2 << 20
+# Says that OUT.partial is ours. It goes when the manifest, which says so too, is complete.
+_MARKER = ".halfbyte-partial"
+_HASH_BYTES = 1 << 20
+# Dirty pages are pushed to the disk after so many bytes, so that the fsync at the end finds little to do.
+_FLUSH_BYTES = 64 << 20
+
+
+def write_plan(
+    plan: Plan, out: Path, threads: int, overwrite: bool, progress: Progress | None
+) -> dict[str, str]:
+    """Make folder `out`. Returns the SHA-256 of each file; on any error `out` is as it was before."""
+    partial = _reserve(plan, out, overwrite)
+    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hashes = _fill(plan, partial, threads, progress)
+        (partial / _MARKER).unlink()
+        os.fsync(lock)
+        _publish(partial, out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise from_os_error(error, f"writing '{out.name}'") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+    return hashes
+
+
+# ---- the folder ----
+
+
+def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
+    """Refuse an output that would harm something. Raises CheckpointError E201, E202."""
+    source = plan.model.root
+    real = Path(os.path.realpath(out))
+    if real == source or real in source.parents:
+        raise CheckpointError(
+            "E202", f"the output '{out}' is the source, or contains it", fix="choose another -o"
+        )
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise CheckpointError("E201", f"'{out}' exists and is not a folder", fix="choose another -o")
+    content = set(os.listdir(out))
+    if not content:
+        return
+    if not overwrite:
+        raise CheckpointError("E201", f"'{out}' exists", fix="choose another -o, or add --overwrite")
+    if not content & {"config.json", MANIFEST_NAME}:
+        raise CheckpointError(
+            "E201",
+            f"'{out}' is not a model folder, so --overwrite does not remove it",
+            fix="choose another -o",
+        )
+
+
+def _reserve(plan: Plan, out: Path, overwrite: bool) -> Path:
+    check_output(plan, out, overwrite)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(partial):
+            _remove_stale(partial, plan.model.root)
+        partial.mkdir()
+        (partial / _MARKER).touch()
+        disk = os.statvfs(partial)
+    except OSError as error:
+        raise from_os_error(error, f"cannot make '{partial}'") from error
+    need, free = sum(plan.sizes().values()), disk.f_bavail * disk.f_frsize
+    if need > free:
+        shutil.rmtree(partial)
+        raise CheckpointError(
+            "E501",
+            f"not enough space for '{out}'",
+            [f"{need:,} bytes needed, {free:,} free ({need - free:,} missing)", "nothing was written"],
+            "free some space, or write to another disk",
+        )
+    return partial
+
+
+def _remove_stale(partial: Path, source: Path) -> None:
+    """Remove what a killed run left; anything else of that name is the user's and stays."""
+    ours = (
+        not partial.is_symlink() and partial.is_dir() and partial.resolve() not in (source, *source.parents)
+    )
+    content = set(os.listdir(partial)) if ours else set()
+    if not ours or (content and not content & {_MARKER, MANIFEST_NAME}):
+        raise CheckpointError(
+            "E201",
+            f"'{partial}' is in the way, and no run of halfbyte left it",
+            fix="move it, or choose another -o",
+        )
+    fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(partial)
+    except BlockingIOError:
+        raise CheckpointError(
+            "E601", f"another run is writing '{partial}'", fix="wait for it, or choose another -o"
+        ) from None
+    finally:
+        os.close(fd)
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Put `partial` in the place of `out`, in one step where the kernel has renameat2."""
+    if not os.path.lexists(out) or not os.listdir(out):
+        os.rename(partial, out)
+        old = None
+    elif _exchange(partial, out):
+        old = partial
+    else:
+        old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
+        os.rename(out, old)
+        try:
+            os.rename(partial, out)
+        except OSError:
+            os.rename(old, out)
+            raise
+    _sync_folder(out.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---- the files ----
+
+
+def _fill(plan: Plan, partial: Path, threads: int, progress: Progress | None) -> dict[str, str]:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.ExitStack() as stack:
+        fds = []
+        for file in plan.files:
+            fd = os.open(partial / file.name, flags, 0o666)
+            stack.callback(os.close, fd)
+            fds.append(fd)
+        for file, fd in zip(plan.files, fds, strict=True):
+            _preallocate(fd, file.size)
+            write_at(fd, file.header, 0)
+        hashes = _Work(plan, fds).run(threads, progress)
+    for name, size in plan.copies.items():
+        content = read_small(plan.model.root, name)
+        if len(content) != size:
+            raise CheckpointError("E402", f"'{name}' changed while the model was read")
+        hashes[name] = _write_small(partial / name, content)
+    for name, content in plan.small.items():
+        hashes[name] = hashlib.sha256(content).hexdigest()
+    manifest = plan.manifest_bytes(hashes)
+    last = {name: content for name, content in plan.small.items() if name != "config.json"}
+    last |= {MANIFEST_NAME: manifest, "config.json": plan.small["config.json"]}
+    for name, content in last.items():
+        _write_small(partial / name, content)
+    return hashes | {MANIFEST_NAME: hashlib.sha256(manifest).hexdigest()}
+
+
+def _preallocate(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, size)
+
+
+def _write_small(path: Path, content: bytes) -> str:
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+class _Work:
+    """The threads and what they share. `lock` guards everything that changes."""
+
+    def __init__(self, plan: Plan, fds: list[int]):
+        self.plan = plan
+        self.options = plan.options
+        self.fds = fds
+        self.lock = threading.Condition()
+        self.tiles = self._all_tiles()
+        self.left = {id(job): _count_tiles(job, plan.options.blocksize) for job in plan.jobs}
+        self.unfinished = sum(1 for count in self.left.values() if count)
+        self.absmax: dict[int, np.ndarray] = {}
+        self.done_bytes = 0
+        self.total_bytes = sum(job.source.nbytes for job in plan.jobs)
+        self.current = ""
+        self.finishing = [(step, i) for i in range(len(fds)) for step in ("fsync", "hash")]
+        self.unflushed = 0
+        self.running = 0
+        self.stop = False
+        self.error: BaseException | None = None
+        self.hashes: dict[str, str] = {}
+
+    def run(self, threads: int, progress: Progress | None) -> dict[str, str]:
+        workers = [threading.Thread(target=self._worker, name=f"halfbyte-{i}") for i in range(threads)]
+        flusher = threading.Thread(target=self._flush, name="halfbyte-flush")
+        self.running = len(workers)
+        try:
+            for thread in (*workers, flusher):
+                thread.start()
+            while True:
+                with self.lock:
+                    self.lock.wait(0.1)
+                    state = (self.done_bytes, self.total_bytes, self.current)
+                    running = self.running
+                if progress:
+                    progress(*state)
+                if not running:
+                    break
+        finally:
+            with self.lock:
+                self.stop = True
+                self.lock.notify_all()
+            for thread in (*workers, flusher):
+                if thread.ident is not None:
+                    thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.hashes
+
+    def _worker(self) -> None:
+        try:
+            buffers = _Buffers()
+            while (tile := self._next_tile()) is not None:
+                self._do_tile(buffers, *tile)
+            with self.lock:  # all tiles must be written before any file is finished
+                while not self.stop and self.unfinished:
+                    self.lock.wait()
+            while (task := self._next_finishing()) is not None:
+                self._finish_file(*task)
+        except BaseException as error:
+            with self.lock:
+                self.error = self.error or error
+                self.stop = True
+        finally:
+            with self.lock:
+                self.running -= 1
+                self.lock.notify_all()
+
+    def _all_tiles(self) -> Iterator[tuple[Job, int, int]]:
+        for job in sorted(self.plan.jobs, key=lambda j: (j.source.file.name, j.source.start)):
+            for start, count in _tiles(job, self.options.blocksize):
+                yield job, start, count
+
+    def _next_tile(self) -> tuple[Job, int, int] | None:
+        with self.lock:
+            return None if self.stop else next(self.tiles, None)
+
+    def _next_finishing(self) -> tuple[str, int] | None:
+        with self.lock:
+            return None if self.stop or not self.finishing else self.finishing.pop(0)
+
+    def _do_tile(self, buffers: _Buffers, job: Job, start: int, count: int) -> None:
+        if job.kind == "copy":
+            nbytes = count
+            data = buffers.bytes("in", count)
+            job.source.file.read_into(data, job.source.start + start)
+            self._write(job, "data", data, start)
+        else:
+            x = self._read(buffers, job, start, count)
+            nbytes = x.nbytes
+            (self._quantize_4bit if job.kind == "4bit" else self._quantize_int8)(
+                buffers, job, x, start, count
+            )
+        with self.lock:
+            self.done_bytes += nbytes
+            self.current = job.source.name
+            self.left[id(job)] -= 1
+            if self.left[id(job)]:
+                return
+        if job.kind != "copy":
+            self._finish_tensor(job)
+        with self.lock:
+            self.unfinished -= 1
+            if not self.unfinished:
+                self.lock.notify_all()
+
+    def _read(self, buffers: _Buffers, job: Job, start: int, count: int) -> np.ndarray:
+        """Elements [start, start + count) of what is quantized, in the source's dtype."""
+        source = job.source
+        itemsize = _ITEMSIZE[source.dtype]
+        dtype = _NUMPY_DTYPES[source.dtype]
+        data = buffers.bytes("in", count * itemsize)
+        if not job.transposed:
+            source.file.read_into(data, source.start + start * itemsize)
+            return data.view(dtype)
+        rows, depth = job.shape  # the file has [depth, rows]
+        first, n = start // depth, count // depth
+        strip = data.reshape(depth, n * itemsize)
+        for i in range(depth):
+            source.file.read_into(strip[i], source.start + (i * rows + first) * itemsize)
+        out = buffers.bytes("transposed", count * itemsize).view(dtype)
+        np.copyto(out.reshape(n, depth), data.view(dtype).reshape(depth, n).T)
+        return out
+
+    def _quantize_4bit(self, buffers: _Buffers, job: Job, x: np.ndarray, start: int, count: int) -> None:
+        options = self.options
+        packed = buffers.bytes("packed", (count + 1) // 2)
+        n_blocks = -(-count // options.blocksize)
+        block = start // options.blocksize
+        nested = "nested_absmax" in job.slots
+        if nested:
+            with self.lock:
+                scales = self.absmax.get(id(job))
+                if scales is None:
+                    scales = np.empty(job.slots["absmax"].shape[0], np.float32)
+                    self.absmax[id(job)] = scales
+            absmax = scales[block : block + n_blocks]
+        else:
+            absmax = buffers.bytes("absmax", 4 * n_blocks).view(np.float32)
+        dtype = "bfloat16" if job.source.dtype == "BF16" else None
+        _C.quantize_4bit(
+            x, options.to, options.blocksize, options.scales, dtype=dtype, packed=packed, absmax=absmax
+        )
+        if not np.isfinite(absmax).all():
+            raise _not_finite(job, x, start)
+        self._write(job, "packed", packed, start // 2)
+        if not nested:
+            self._write(job, "absmax", absmax, 4 * block)
+
+    def _quantize_int8(self, buffers: _Buffers, job: Job, x: np.ndarray, start: int, count: int) -> None:
+        depth = job.shape[1]
+        rows = count // depth
+        x16 = buffers.bytes("half", 2 * count).view(np.float16)
+        with np.errstate(over="ignore"):
+            np.copyto(x16, _as_float(x, job.source.dtype), casting="same_kind")
+        codes = buffers.bytes("packed", count).view(np.int8).reshape(rows, depth)
+        scale = buffers.bytes("absmax", 4 * rows).view(np.float32)
+        _C.quantize_rows_int8(x16.reshape(rows, depth), codes=codes, scale=scale)
+        if not np.isfinite(scale).all():
+            raise _not_finite(job, x, start, x16)
+        self._write(job, "codes", codes, start)
+        self._write(job, "scale", scale, 4 * (start // depth))
+
+    def _finish_tensor(self, job: Job) -> None:
+        """What is known when all tiles of a tensor are done."""
+        if job.kind == "int8":
+            self._write(job, "format", b"\0", 0)
+            return
+        offset = None
+        if "nested_absmax" in job.slots:
+            with self.lock:
+                absmax = self.absmax.pop(id(job))
+            codes, nested, offset = _C.nest_absmax(absmax, NESTED_BLOCKSIZE)
+            self._write(job, "absmax", codes, 0)
+            self._write(job, "nested_absmax", nested, 0)
+            self._write(job, "nested_quant_map", _C.map8("dynamic"), 0)
+        dtype = _NAMES[job.source.dtype]
+        blob = quant_state_blob(self.options.to, self.options.blocksize, dtype, job.shape, offset)
+        self._write(job, "quant_map", _C.codebook(self.options.to), 0)
+        self._write(job, "quant_state", blob, 0)
+
+    def _write(self, job: Job, role: str, data: Any, offset: int) -> None:
+        slot = job.slots[role]
+        view = memoryview(data).cast("B")
+        if offset + len(view) > slot.nbytes:
+            raise AssertionError(f"{slot.name}: {offset} + {len(view)} bytes in a slot of {slot.nbytes}")
+        write_at(self.fds[job.file], view, slot.start + offset)
+        with self.lock:
+            before = self.unflushed
+            self.unflushed += len(view)
+            if before < _FLUSH_BYTES <= self.unflushed:
+                self.lock.notify_all()
+
+    def _flush(self) -> None:
+        while True:
+            with self.lock:
+                while not self.stop and self.unflushed < _FLUSH_BYTES:
+                    self.lock.wait()
+                if self.stop:
+                    return
+                self.unflushed = 0
+            try:
+                for fd in self.fds:
+                    os.fdatasync(fd)
+            except OSError as error:
+                with self.lock:
+                    self.error = self.error or error
+                    self.stop = True
+                    self.lock.notify_all()
+
+    def _finish_file(self, step: str, index: int) -> None:
+        fd = self.fds[index]
+        if step == "fsync":
+            os.fsync(fd)
+            return
+        file = self.plan.files[index]
+        with self.lock:
+            self.current = f"checksum of {file.name}"
+        digest = hashlib.sha256()
+        buffer = bytearray(_HASH_BYTES)
+        view = memoryview(buffer)
+        offset = 0
+        while offset < file.size and not self.stop:
+            got = os.preadv(fd, [view[: file.size - offset]], offset)
+            if got == 0:
+                raise CheckpointError("E402", f"'{file.name}' became shorter while it was written")
+            digest.update(view[:got])
+            offset += got
+        with self.lock:
+            self.hashes[file.name] = digest.hexdigest()
+
+
+class _Buffers:
+    """Memory of one thread, kept from tile to tile."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def bytes(self, name: str, nbytes: int) -> np.ndarray:
+        array = self._arrays.get(name)
+        if array is None or array.nbytes < nbytes:
+            array = self._arrays[name] = np.empty(nbytes, np.uint8)
+        return array[:nbytes]
+
+
+def _tiles(job: Job, blocksize: int) -> Iterator[tuple[int, int]]:
+    """Job.tiles in elements; for a copy in bytes."""
+    if job.kind != "copy":
+        yield from job.tiles(blocksize)
+        return
+    for start in range(0, job.source.nbytes, _COPY_BYTES):
+        yield start, min(_COPY_BYTES, job.source.nbytes - start)
+
+
+def _count_tiles(job: Job, blocksize: int) -> int:
+    return sum(1 for _ in _tiles(job, blocksize))
+
+
+def _as_float(x: np.ndarray, dtype: str) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else x
+
+
+def _not_finite(job: Job, x: np.ndarray, start: int, x16: np.ndarray | None = None) -> CheckpointError:
+    """The error for the first NaN or Inf of a tile; for int8 also for a value beyond float16."""
+    values = _as_float(x, job.source.dtype)
+    finite = np.isfinite(values if x16 is None else x16)
+    position = int(np.argmin(finite))
+    row, column = divmod(start + position, job.shape[1])
+    index = (column, row) if job.transposed else (row, column)
+    value = float(values[position])
+    where = f"tensor '{job.source.name}' in '{job.source.file.name}'"
+    if np.isfinite(value):
+        return CheckpointError(
+            "E430",
+            f"{where} has {value:g} at index {list(index)}, beyond the range of float16",
+            ["LLM.int8() rounds weights to float16 before it quantizes them"],
+            "use --to nf4, or --skip the layer",
+        )
+    return CheckpointError(
+        "E430",
+        f"{where} has {value} at index {list(index)}",
+        ["one such value spoils its whole block", "nothing was written"],
+        "repair the model, or --skip the layer",
+    )
+
+
+def default_threads() -> int:
+    """Threads for `quantize`: as the extension module (HALFBYTE_NUM_THREADS, cgroup quota, affinity)."""
+    return _C.get_num_threads()

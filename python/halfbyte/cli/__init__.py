@@ -1,0 +1,1 @@
+"""The command line: `halfbyte VERB`. One module a verb, imported when it runs."""

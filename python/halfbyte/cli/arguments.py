@@ -1,0 +1,91 @@
+"""Arguments that several verbs share, and the progress display."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+def size(text: str) -> int:
+    """ "5GB", "500M", "2GiB" or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?", text.strip().upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected a size like 5GB or 500MiB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+class ProgressBar:
+    """Bytes done on stderr: a bar on a terminal, else a line now and then. Use as a context manager."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, label: str, stream: Any = None):
+        self.label = label
+        self.stream = stream or sys.stderr
+        self.bar: Any = None
+        self.began = self.last_line = time.monotonic()
+        quiet = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
+        self.update: Callable[[int, int, str], None] = self._nothing if quiet else self._line
+        if not quiet and self.stream.isatty() and os.environ.get("TERM") != "dumb":
+            self.update = self._bar
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _nothing(self, done: int, total: int, name: str) -> None:
+        pass
+
+    def _bar(self, done: int, total: int, name: str) -> None:
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=total, unit="B", unit_scale=True, desc=self.label, file=self.stream, dynamic_ncols=True
+            )
+        self.bar.set_postfix_str(name[-40:], refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def _line(self, done: int, total: int, name: str) -> None:
+        now = time.monotonic()
+        if now - self.last_line < self.SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        left = (now - self.began) * (total - done) / done if done else 0.0
+        percent = 100 * done // total if total else 100
+        print(
+            f"{self.label}: {percent} %, {done:,} of {total:,} bytes, {left:.0f} s left, {name}",
+            file=self.stream,
+            flush=True,
+        )

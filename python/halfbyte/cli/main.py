@@ -1,0 +1,129 @@
+"""`halfbyte VERB ...`: parsing, dispatch, exit codes.
+
+Results go to stdout, progress and errors to stderr. `--json` prints one JSON document with a `schema`, also
+for an error. Exit codes: 0 ok, 1 a bug in halfbyte, 2 wrong usage, 3 something is not installed, 4 bad input,
+5 not enough memory or disk, 6 locked by another run, 7 a verification failed, 130/143 interrupted.
+
+Only argparse is imported here, so that `halfbyte --help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import halfbyte
+
+# verb -> (one line for the overview, module)
+_VERBS = {
+    "quantize": ("write a model in 4 or 8 bits, in the layout of bitsandbytes", "quantize"),
+    "inspect": ("show what is in a checkpoint: formats, bytes, bits per parameter", "inspect"),
+    "verify": ("check a quantized checkpoint against its manifest and its layout", "verify"),
+    "run": ("run a Python script with halfbyte in the place of bitsandbytes", "run"),
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that half-written output is removed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _print_error({"code": "HB-E200", "message": message, "details": [], "fix": f"{self.prog} --help"})
+        raise SystemExit(2)
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The overview, with an empty subparser for each verb; `verb`'s own module adds its arguments to it."""
+    parser = _Parser(prog="halfbyte", description="Large language models in 4 and 8 bits.")
+    parser.add_argument("--version", action="version", version=f"halfbyte {halfbyte.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (line, module) in _VERBS.items():
+        subparser = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
+        if name == verb:
+            import_module(f"halfbyte.cli.{module}").add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(arguments[0] if arguments and arguments[0] in _VERBS else None)
+    args = parser.parse_args(arguments)
+    if args.verb == "run":  # what the script raises is the script's own affair
+        return import_module("halfbyte.cli.run").run(args)
+    return _guarded(args)
+
+
+def _guarded(args: argparse.Namespace) -> int:
+    """Run a verb; exceptions become messages and exit codes."""
+    from halfbyte.errors import CheckpointError, from_os_error
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    as_json = getattr(args, "json", False)
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        return import_module(f"halfbyte.cli.{_VERBS[args.verb][1]}").run(args)
+    except CheckpointError as error:
+        return _fail(error, as_json)
+    except ModuleNotFoundError as error:
+        return _fail(_missing(error), as_json)
+    except BrokenPipeError:  # `halfbyte ... | head`: no traceback, also not when stdout is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(from_os_error(error, os.fspath(error.filename or args.verb)), as_json)
+    except MemoryError as error:
+        return _fail(CheckpointError("E503", str(error) or "out of memory"), as_json)
+    except KeyboardInterrupt:
+        print("interrupted: the unfinished output was removed", file=sys.stderr)
+        return 130
+    except Terminated:
+        print("terminated: the unfinished output was removed", file=sys.stderr)
+        return 143
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _missing(error: ModuleNotFoundError) -> Any:
+    from halfbyte.errors import CheckpointError
+
+    name = error.name or ""
+    if name == "halfbyte._C":
+        return CheckpointError("E302", "the extension module halfbyte._C is not built", fix="pip install .")
+    if name.split(".")[0] == "halfbyte":
+        raise error
+    return CheckpointError("E301", f"'{name}' is not installed", fix=f"pip install {name}")
+
+
+def _fail(error: Any, as_json: bool) -> int:
+    if as_json:
+        print_json({"schema": "halfbyte.error/1", "exit_code": error.exit_code, "error": error.to_json()})
+    _print_error(error.to_json())
+    return error.exit_code
+
+
+def _print_error(error: dict[str, Any]) -> None:
+    lines = [f"error[{error['code']}]: {error['message']}"]
+    lines += [f"  {line}" for line in error["details"]]
+    if error["fix"]:
+        lines.append(f"  fix: {error['fix']}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The one JSON document of a run, on stdout."""
+    import json
+
+    print(json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""halfbyte verify DIR"""
+
+from __future__ import annotations
+
+import argparse
+
+from halfbyte.cli.arguments import add_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder of a quantized checkpoint")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte.checkpoint.verify import verify
+    from halfbyte.cli.main import print_json
+
+    document = verify(args.folder)
+    if args.json:
+        print_json(document)
+    else:
+        for problem in document["problems"]:
+            print(f"FAIL  {problem}")
+        if document["ok"]:
+            against = (
+                f"{len(document['files_checked'])} files match the manifest, " if document["manifest"] else ""
+            )
+            none = "" if document["manifest"] else " (there is no manifest to compare hashes with)"
+            print(f"ok    {against}{document['quantized_weights']} quantized weights are complete{none}")
+    return 0 if document["ok"] else 7
