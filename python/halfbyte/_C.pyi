@@ -284,8 +284,8 @@ def dequantize_4bit(
     nested_offset: float = 0.0,
     nested_blocksize: int = 256,
 ) -> Array:
-    """Elements [start, start + prod(shape)) of the flattened tensor, in `shape`. dtype None: that of `out`, else
-    float32; numbers in uint16 `out` are bfloat16 when dtype says so."""
+    """Elements [start, start + prod(shape)) of the flattened tensor, in `shape`. dtype None: that of `out`,
+    else float32; numbers in uint16 `out` are bfloat16 when dtype says so."""
 
 def nest_absmax(absmax: Array, /, blocksize: int = 256) -> tuple[Array, Array, float]:
     """-> (codes uint8 [n], nested_absmax float32 [ceil(n / blocksize)], offset)."""

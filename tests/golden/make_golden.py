@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from fractions import Fraction
 from math import copysign, frexp, inf, ldexp
 from pathlib import Path
 
@@ -49,10 +50,10 @@ def next_f32(value: float, towards: float) -> float:
 
 def thresholds(quant_type: str) -> list[float]:
     """Every decision point and the float32 on each side of it, in blocks of 64 with absmax 1."""
-    mirrored = [sign * bound for bound, _ in R.FP4_LADDER for sign in (1, -1)]
+    mirrored = [sign + bound for bound, _ in R.FP4_LADDER for sign in ("", "-")]
     points = R.NF4_THRESHOLDS if quant_type == "nf4" else mirrored
     values = [0.0, -0.0, 2.0**-149, -(2.0**-149), 1.0, -1.0]
-    for point in map(R.f32, points):
+    for point in [R.f32(Fraction(text)) for text in points]:
         values += [point, next_f32(point, inf), next_f32(point, -inf)]
     return [v for block in R.blocks(values, 63) for v in [*block, 1.0]]
 

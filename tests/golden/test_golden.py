@@ -128,7 +128,8 @@ def test_codebooks_and_maps_are_bitsandbytes():
         pytest.skip("halfbyte stands in for bitsandbytes in this process")
     for quant_type in ("nf4", "fp4"):
         expected = functional.get_4bit_type(quant_type, device="cpu").numpy()
-        assert np.array_equal(_C.codebook(quant_type).view(np.int32), expected.view(np.int32)), quant_type
+        # FP4's code 8 is minus zero, as CUDA decodes it; the Python table of bitsandbytes says zero there.
+        assert np.array_equal(_C.codebook(quant_type), expected), quant_type
     made = {
         "dynamic": functional.create_dynamic_map(signed=True),
         "dynamic_unsigned": functional.create_dynamic_map(signed=False),
