@@ -69,12 +69,12 @@ typedef struct {
     void (*pack_x)(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int64_t steps,
                    void *packed);
     // Forward panel: rows r < n_rows (<= tile_cols) of w, columns k < depth (a multiple of 32, at
-    // most panel_steps) -> panel[depth / pair][tile_cols][pair], summed over k; zeros at r >=
-    // n_rows.
+    // most panel_steps) -> panel[depth / pair][tile_cols][pair], summed over k; any
+    // values at r >= n_rows.
     void (*decode_rows)(const hb_matrix4 *w, int64_t n_rows, int64_t depth, void *panel);
     // Backward panel: rows r < n_rows (<= panel_steps), columns c < n_cols (a multiple of 16, at
     // most tile_cols) -> panel[ceil(n_rows / pair)][tile_cols][pair], summed over r, columns in
-    // column_order; zeros at c >= n_cols and at an r that completes a pair.
+    // column_order; any values at c >= n_cols, zeros at an r that completes a pair.
     void (*decode_cols)(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, void *panel);
     // sums[t * tile_cols + c] (+)= sum_s packed x[t][s] * panel[s][c] for t < n_x (1..tile_rows),
     // over steps (counted before pairing, odd allowed); adds when `accumulate`, else overwrites.

@@ -13,39 +13,9 @@
 // decode_cols widens 16-bit words to lanes and leaves columns in the order 4i + (j ^ 1).
 //
 // The bfloat16 set is the same arithmetic on rounded values, for processors without vdpbf16ps.
-#include "core/kernels_linear4.h"
-#include "cpu/simd.h"
+#include "cpu/linear4_avx512.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
-enum { DOT_ROWS = 4, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128, LANES = 16 };
-
-// ---- conversions ------------------------------------------------------------------------------
-
-// Round to nearest even to 8 significant bits; NaN stays NaN.
-INLINE __m512 rounded_to_bf16(__m512 value)
-{
-    __m512i bits = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x00400000));
-    return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000u)));
-}
-
-// 16 elements of dtype as float32; the masked-out ones are zero and are not read.
-INLINE __m512 load_x(const void *x, int64_t at, hb_dtype dtype, __mmask16 mask)
-{
-    if (dtype == HB_F32) return _mm512_maskz_loadu_ps(mask, (const float *)x + at);
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + at);
-    if (dtype == HB_F16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-INLINE __mmask16 first_lanes(int64_t n)
-{
-    return n >= LANES ? (__mmask16)0xffff : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1);
-}
+enum { DOT_ROWS = 4, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128 };
 
 // ---- dot --------------------------------------------------------------------------------------
 
@@ -86,28 +56,6 @@ INLINE void permute_x(const void *x, hb_dtype dtype, int64_t depth, bool bf16, f
     }
 }
 
-// Scales of the 128 columns from `column`, each in the lanes of its block; 0 beyond `columns`.
-INLINE __m512 group_scales(const float *absmax, int64_t column, int64_t columns, int64_t blocksize,
-                           int shift)
-{
-    if (blocksize >= 128) return _mm512_set1_ps(absmax[column >> shift]);
-    const float *scales = absmax + (column >> shift);
-    if (columns - column < HB_LINEAR4_X_GROUP) {
-        __mmask16 present = (__mmask16)((1u << ((columns - column) >> shift)) - 1);
-        __m512i block = blocksize == 64
-                            ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
-                            : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-        return _mm512_permutexvar_ps(block, _mm512_maskz_loadu_ps(present, scales));
-    }
-    if (blocksize == 64) {
-        __m512 low = _mm512_set1_ps(scales[0]);
-        return _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(scales + 1));
-    }
-    __m512 all = _mm512_broadcast_f32x4(_mm_loadu_ps(scales));
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
-                                 all);
-}
-
 // The dword lanes of 128 columns of `rows` rows against T rows of x, added to total[row][t].
 INLINE void dot_group(const __m512i *words, const __m512 *scale, __m512 codebook, const float *x,
                       int64_t x_stride, const int rows, const int n_x, __m512 *total)
@@ -136,9 +84,6 @@ INLINE void dot_group(const __m512i *words, const __m512 *scale, __m512 codebook
             total[r * n_x + t] = _mm512_fmadd_ps(scale[r], sum[r * n_x + t], total[r * n_x + t]);
 }
 
-#ifndef PF
-#define PF 2048
-#endif
 // `rows` rows of W from row `first` against n_x rows of x, both small constants.
 INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, int64_t blocksize,
                      __m512 codebook, const float *x, const int rows, const int n_x, float *y,
@@ -161,7 +106,7 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, int64_t 
         for (int r = 0; r < rows; r++) {
             words[r] = _mm512_loadu_si512(packed[r] + k / 2);
             scale[r] = group_scales(absmax[r], k, depth, blocksize, shift);
-            _mm_prefetch((const char *)packed[0] + k / 2 * rows + r * 64 + PF, _MM_HINT_T0);
+            prefetch_ahead(packed[0], k, r, rows);
         }
         dot_group(words, scale, codebook, x + k, x_stride, rows, n_x, total);
     }
@@ -191,14 +136,11 @@ INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t
         dot_some(w, r, depth, blocksize, codebook, x, 1, n_x, y, y_stride);
 }
 
-#ifndef R1
-#define R1 2
-#endif
 INLINE void dot_blocks(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
                        __m512 codebook, const float *x, int n_x, float *y, int64_t y_stride)
 {
     switch (n_x) {
-    case 1: dot_rows(w, n_rows, depth, blocksize, codebook, x, R1, 1, y, y_stride); break;
+    case 1: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 1, y, y_stride); break;
     case 2: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 2, y, y_stride); break;
     case 3: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 3, y, y_stride); break;
     default: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 4, y, y_stride); break;
@@ -233,50 +175,14 @@ INLINE void pack_x(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int
     }
 }
 
-// 16 x 16 transposition of 32-bit lanes.
-INLINE void transpose(__m512i *v)
-{
-    __m512i a[16];
-    for (int i = 0; i < 16; i += 4) {
-        __m512i ab_low = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        __m512i ab_high = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-        __m512i cd_low = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
-        __m512i cd_high = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-        a[i] = _mm512_unpacklo_epi64(ab_low, cd_low);
-        a[i + 1] = _mm512_unpackhi_epi64(ab_low, cd_low);
-        a[i + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);
-        a[i + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
-    }
-    // a[4q + c], 128-bit part p: rows 4q..4q+3 of column 4p + c.
-    for (int c = 0; c < 4; c++) {
-        __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
-        __m512i odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
-        __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-        __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-        v[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
-        v[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
-        v[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
-        v[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
-    }
-}
-
 // 128 columns (fewer at the end: 32 i) of up to 16 rows into 16 columns of the panel.
 INLINE void decode_16_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, int64_t depth,
                            __m512 codebook, bool bf16, float *panel)
 {
     const int64_t blocksize = w->blocksize;
-    __mmask16 present = first_lanes(depth / 8);
     __m512i words[16];
-    _Alignas(64) float scales[4][16] = {{0}};
-    for (int r = 0; r < 16; r++) {
-        words[r] = _mm512_setzero_si512();
-        if (r >= n_rows) continue;
-        const uint8_t *row = w->packed + (first + r) * w->row_bytes;
-        const float *absmax = w->absmax + (first + r) * w->absmax_stride;
-        words[r] = _mm512_maskz_loadu_epi32(present, row);
-        _mm_prefetch((const char *)row + 64, _MM_HINT_T0);
-        for (int64_t b = 0; b * blocksize < depth; b++) scales[b][r] = absmax[b];
-    }
+    _Alignas(64) float scales[4][16];
+    load_16_rows(w, first, n_rows, depth, words, scales);
     transpose(words);
     for (int64_t i = 0; i * 8 < depth; i++) {
         __m512 scale = _mm512_load_ps(scales[i * 8 / blocksize]);
@@ -309,7 +215,7 @@ INLINE void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, boo
         __m512 scale = _mm512_set1_ps(absmax[0]);
         if (w->blocksize == 32 && n_cols > 32)
             scale = _mm512_mask_broadcastss_ps(scale, 0xff00, _mm_load_ss(absmax + 1));
-        _mm_prefetch((const char *)row + 16 * w->row_bytes, _MM_HINT_T0);
+        if (r % 2 == 0) prefetch_rows(row, w->row_bytes);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             __m512i index = _mm512_srli_epi32(words, (unsigned)(4 * j));

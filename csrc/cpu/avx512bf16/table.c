@@ -2,5 +2,5 @@
 
 void hb_table_avx512bf16(hb_kernels *kernels)
 {
-    (void)kernels;
+    hb_linear4_table_avx512bf16(&kernels->linear4);
 }

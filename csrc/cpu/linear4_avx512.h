@@ -1,0 +1,119 @@
+// What the AVX-512 products with 4-bit weights share; see avx512/linear4.c.
+#ifndef HB_CPU_LINEAR4_AVX512_H
+#define HB_CPU_LINEAR4_AVX512_H
+
+#include "core/kernels_linear4.h"
+#include "cpu/simd.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { LANES = 16 };
+
+// Round to nearest even to 8 significant bits; NaN stays NaN.
+INLINE __m512 rounded_to_bf16(__m512 value)
+{
+    __m512i bits = _mm512_castps_si512(value);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x00400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+// 16 elements of dtype as float32; the masked-out ones are zero and are not read.
+INLINE __m512 load_x(const void *x, int64_t at, hb_dtype dtype, __mmask16 mask)
+{
+    if (dtype == HB_F32) return _mm512_maskz_loadu_ps(mask, (const float *)x + at);
+    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + at);
+    if (dtype == HB_F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE __mmask16 first_lanes(int64_t n)
+{
+    return n >= LANES ? (__mmask16)0xffff : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1);
+}
+
+// Scales of the 128 columns from `column`, each in the lanes of its block; 0 beyond `columns`.
+INLINE __m512 group_scales(const float *absmax, int64_t column, int64_t columns, int64_t blocksize,
+                           int shift)
+{
+    if (blocksize >= 128) return _mm512_set1_ps(absmax[column >> shift]);
+    const float *scales = absmax + (column >> shift);
+    if (columns - column < HB_LINEAR4_X_GROUP) {
+        __mmask16 present = (__mmask16)((1u << ((columns - column) >> shift)) - 1);
+        __m512i block = blocksize == 64
+                            ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+                            : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        return _mm512_permutexvar_ps(block, _mm512_maskz_loadu_ps(present, scales));
+    }
+    if (blocksize == 64) {
+        __m512 low = _mm512_set1_ps(scales[0]);
+        return _mm512_mask_broadcastss_ps(low, 0xff00, _mm_load_ss(scales + 1));
+    }
+    __m512 all = _mm512_broadcast_f32x4(_mm_loadu_ps(scales));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 all);
+}
+
+// 16 x 16 transposition of 32-bit lanes.
+INLINE void transpose(__m512i *v)
+{
+    __m512i a[16];
+    for (int i = 0; i < 16; i += 4) {
+        __m512i ab_low = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        __m512i ab_high = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        __m512i cd_low = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
+        __m512i cd_high = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+        a[i] = _mm512_unpacklo_epi64(ab_low, cd_low);
+        a[i + 1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+        a[i + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+        a[i + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+    }
+    // a[4q + c], 128-bit part p: rows 4q..4q+3 of column 4p + c.
+    for (int c = 0; c < 4; c++) {
+        __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+        __m512i odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+        __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+        v[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+        v[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+        v[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+        v[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
+    }
+}
+
+// Columns 0..depth - 1 (at most 128) of rows first.. as dword lanes, and the scales of their blocks
+// by row; rows from n_rows on are zero. The next line of each row is prefetched.
+INLINE void load_16_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, int64_t depth,
+                         __m512i *words, float scales[4][16])
+{
+    const __mmask16 present = first_lanes(depth / 8);
+    const int64_t n_blocks = depth <= w->blocksize ? 1 : depth / w->blocksize;
+    memset(scales, 0, sizeof(float[4][16]));
+    for (int r = 0; r < 16; r++) {
+        words[r] = _mm512_setzero_si512();
+        if (r >= n_rows) continue;
+        const uint8_t *row = w->packed + (first + r) * w->row_bytes;
+        const float *absmax = w->absmax + (first + r) * w->absmax_stride;
+        words[r] = _mm512_maskz_loadu_epi32(present, row);
+        _mm_prefetch((const char *)row + 64, _MM_HINT_T0);
+        for (int64_t b = 0; b < n_blocks; b++) scales[b][r] = absmax[b];
+    }
+}
+
+// In the dot kernels: the line of packed codes that comes some steps later, in the order of
+// addresses (hardware does not follow several short streams). One call per row and group.
+INLINE void prefetch_ahead(const uint8_t *packed, int64_t k, int r, int rows)
+{
+    _mm_prefetch((const char *)packed + k / 2 * rows + r * 64 + 2048, _MM_HINT_T0);
+}
+
+// In decode_cols: a row that comes some steps later.
+INLINE void prefetch_rows(const uint8_t *row, int64_t row_bytes)
+{
+    _mm_prefetch((const char *)row + 16 * row_bytes, _MM_HINT_T0);
+    _mm_prefetch((const char *)row + 17 * row_bytes, _MM_HINT_T0);
+}
+
+#endif
