@@ -1,0 +1,104 @@
+"""What the compiler made of it: exported symbols, libraries needed, registers used, names of kernels."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from common import ROOT
+
+import halfbyte._C
+
+MODULE = Path(halfbyte._C.__file__)
+SANITIZED = halfbyte._C.build_info()["sanitize"]
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="ELF tools"),
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils are not installed"),
+]
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> Path:
+    """The folder with csrc/**/*.o of a build with the normal flags."""
+    built = sorted(ROOT.glob("build/temp.*/csrc/core"), key=lambda p: p.stat().st_mtime)
+    newest_source = max(p.stat().st_mtime for p in ROOT.glob("csrc/**/*.[ch]"))
+    if (
+        built
+        and min(p.stat().st_mtime for p in built[-1].glob("*.o"))
+        and MODULE.stat().st_mtime > newest_source
+    ):
+        return built[-1].parent
+    base = tmp_path_factory.mktemp("build")
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-temp",
+        str(base / "t"),
+        "--build-lib",
+        str(base / "l"),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return base / "t" / "csrc"
+
+
+def test_only_the_init_function_is_exported():
+    defined = [line.split()[-1] for line in run("nm", "-D", "--defined-only", str(MODULE)).splitlines()]
+    exported = [name for name in defined if not name.startswith(("__odr_asan", "__asan", "__ubsan"))]
+    assert exported == ["PyInit__C"]
+
+
+def test_needed_libraries():
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", run("readelf", "-d", str(MODULE))))
+    allowed = {
+        "libc.so.6",
+        "libm.so.6",
+        "libpthread.so.0",
+        "libdl.so.2",
+        "ld-linux-x86-64.so.2",
+        "ld-linux-aarch64.so.1",
+    }
+    if SANITIZED:
+        needed = {name for name in needed if not name.startswith(("libasan", "libubsan"))}
+    assert needed <= allowed, needed - allowed
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 registers")
+def test_baseline_objects_use_no_wide_registers(objects):
+    """What runs on every x86-64 machine contains no AVX: no ymm, no zmm, no mask register."""
+    baseline = [p for folder in ("core", "python", "cpu/ref") for p in sorted((objects / folder).glob("*.o"))]
+    assert len(baseline) > 10
+    for path in baseline:
+        wide = re.search(r"%[yz]mm\d|\{%k\d\}", run("objdump", "-d", "--no-show-raw-insn", str(path)))
+        assert not wide, f"{path.relative_to(objects)} uses {wide.group()}"
+    # The search sees such registers where they are.
+    avx2 = "".join(
+        run("objdump", "-d", "--no-show-raw-insn", str(p)) for p in (objects / "cpu/avx2").glob("codec4.o")
+    )
+    assert "%ymm" in avx2
+
+
+FORMATS = "absmax|code4|nf4|fp4|map8|int8|dyn8|block4|blocks"
+
+
+def test_kernels_are_named_by_the_grammar(objects):
+    """hb_<format>_<op>[_<io>]_<isa>, the ISA that of the folder."""
+    seen = 0
+    for folder in sorted((objects / "cpu").iterdir()):
+        grammar = re.compile(rf"^hb_(table|({FORMATS})(_[a-z0-9]+)*)_{folder.name}$")
+        for path in sorted(folder.glob("*.o")):
+            for line in run("nm", "--defined-only", "--extern-only", str(path)).splitlines():
+                name = line.split()[-1]
+                assert grammar.match(name), f"{folder.name}/{path.name}: {name}"
+                seen += 1
+    assert seen > 30
