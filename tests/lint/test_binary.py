@@ -92,10 +92,10 @@ FORMATS = "absmax|code4|nf4|fp4|map8|int8|dyn8|block4|blocks"
 
 
 def test_kernels_are_named_by_the_grammar(objects):
-    """hb_<format>_<op>[_<io>]_<isa>, the ISA that of the folder."""
+    """hb_<format>_<op>[_<io>]_<isa>, the ISA that of the folder; hb_[<family>_]table_<isa> fills the table."""
     seen = 0
     for folder in sorted((objects / "cpu").iterdir()):
-        grammar = re.compile(rf"^hb_(table|({FORMATS})(_[a-z0-9]+)*)_{folder.name}$")
+        grammar = re.compile(rf"^hb_((\w+_)?table|({FORMATS})(_[a-z0-9]+)*)_{folder.name}$")
         for path in sorted(folder.glob("*.o")):
             for line in run("nm", "--defined-only", "--extern-only", str(path)).splitlines():
                 name = line.split()[-1]

@@ -14,7 +14,7 @@ INTRINSICS = re.compile(r"^(\w*intrin|arm_neon|arm_sve|simde/.*)\.h$|^simde/")
 MAY_INCLUDE = {"core": {"core"}, "cpu": {"core", "cpu", "."}, "python": {"core", "python"}}
 LIBC = {
     "errno.h", "float.h", "limits.h", "math.h", "stdarg.h", "stdatomic.h", "stdbool.h", "stddef.h", "stdint.h",
-    "stdio.h", "stdlib.h", "string.h",
+    "stdio.h", "stdlib.h", "string.h", "inttypes.h",
 }  # fmt: skip
 SYSTEM = {
     "core": LIBC | {"pthread.h", "sched.h", "signal.h", "time.h", "unistd.h", "cpuid.h", "sys/auxv.h", "dlfcn.h",
