@@ -14,18 +14,33 @@ int hb_result_dtype(hb_state *state, const char *function, PyObject *dtype, PyOb
     return 0;
 }
 
-int hb_quantizer_input(hb_state *state, const char *function, PyObject *x, PyObject *dtype,
-                       hb_array *array)
+int hb_quantizer_input(hb_state *state, const char *function, const char *name, PyObject *x,
+                       PyObject *dtype, hb_array *array)
 {
     unsigned take = HB_TAKE_IO;
     hb_dtype wanted = HB_DTYPE_COUNT;
     if (hb_arg_dtype(function, "dtype", dtype, &wanted) < 0) return -1;
     if (wanted == HB_BF16) take |= HB_TAKE_U16_AS_BF16;
-    if (hb_array_get(state, x, function, "x", take, array) < 0) return -1;
+    if (hb_array_get(state, x, function, name, take, array) < 0) return -1;
     if (wanted == HB_DTYPE_COUNT || wanted == array->view.dtype) return 0;
-    PyErr_Format(PyExc_TypeError, "%s: x, expected dtype %s as `dtype` says, got %s", function,
-                 hb_dtype_name(wanted), hb_dtype_name(array->view.dtype));
+    PyErr_Format(PyExc_TypeError, "%s: %s, expected dtype %s as `dtype` says, got %s", function,
+                 name, hb_dtype_name(wanted), hb_dtype_name(array->view.dtype));
     hb_array_release(array);
+    return -1;
+}
+
+int hb_check_shape(const char *function, PyObject *shape, const hb_array *array)
+{
+    int ndim = 0;
+    int64_t sizes[HB_MAX_NDIM], numel = 0;
+    if (hb_arg_shape(function, "shape", shape, &ndim, sizes, &numel) < 0) return -1;
+    const hb_view *view = &array->view;
+    bool same = ndim == view->ndim;
+    for (int d = 0; same && d < ndim; d++) same = sizes[d] == view->shape[d];
+    if (same) return 0;
+    char expected[200];
+    hb_shape_text(view->shape, view->ndim, expected, sizeof expected);
+    PyErr_Format(PyExc_ValueError, "%s: shape, expected %s, got %S", function, expected, shape);
     return -1;
 }
 

@@ -8,9 +8,12 @@
 // The dtype of a result: `dtype` if given, else that of `out` if given, else `otherwise`.
 int hb_result_dtype(hb_state *state, const char *function, PyObject *dtype, PyObject *out,
                     hb_dtype otherwise, hb_dtype *result);
-// x of a quantizer: float32, bfloat16 or float16; uint16 holds bfloat16 when `dtype` says so.
-int hb_quantizer_input(hb_state *state, const char *function, PyObject *x, PyObject *dtype,
-                       hb_array *array);
+// The input of a quantizer: float32, bfloat16 or float16; uint16 holds bfloat16 when `dtype` says
+// so.
+int hb_quantizer_input(hb_state *state, const char *function, const char *name, PyObject *x,
+                       PyObject *dtype, hb_array *array);
+// `shape` must be what the array has.
+int hb_check_shape(const char *function, PyObject *shape, const hb_array *array);
 // A bias: [rows], float32, bfloat16 or float16.
 int hb_bias_get(hb_state *state, PyObject *object, const char *function, int64_t rows,
                 unsigned take, hb_array *array);

@@ -369,10 +369,9 @@ static DLManagedTensorVersioned *export_versioned(PyObject *owner, void *data, h
     return &block->managed.versioned;
 }
 
-PyObject *hb_wrap(hb_state *state, PyObject *owner, const DLPackExchangeAPI *api, void *data,
-                  hb_dtype dtype, int ndim, const int64_t *shape)
+PyObject *hb_wrap(PyObject *owner, const DLPackExchangeAPI *api, void *data, hb_dtype dtype,
+                  int ndim, const int64_t *shape)
 {
-    (void)state;
     if (api == NULL) return hb_numpy_wrap(owner, data, dtype, ndim, shape);
     DLManagedTensorVersioned *managed = export_versioned(owner, data, dtype, ndim, shape, 0);
     if (managed == NULL) return NULL;

@@ -31,7 +31,7 @@ static PyObject *quantize_4bit(PyObject *module, PyObject *const *args, Py_ssize
     if (hb_arg_format4(function, "quant_type", value[1], &format) < 0 ||
         hb_arg_blocksize4(function, "blocksize", value[2], &blocksize) < 0 ||
         hb_arg_choice(function, "scales", value[3], hb_scales_names, &scales) < 0 ||
-        hb_quantizer_input(state, function, value[0], value[4], &x) < 0)
+        hb_quantizer_input(state, function, "x", value[0], value[4], &x) < 0)
         goto done;
     const int64_t numel = hb_view_numel(&x.view);
     const int64_t bytes = hb_packed_bytes(numel), n_blocks = hb_ceil_div(numel, blocksize);

@@ -22,7 +22,7 @@ static PyObject *quantize_8bit(PyObject *module, PyObject *const *args, Py_ssize
     hb_array x = {0}, map_array = {0}, codes = {0}, absmax = {0};
     PyObject *codes_object = NULL, *absmax_object = NULL, *result = NULL;
     if (hb_arg_blocksize8(function, "blocksize", value[2], &blocksize) < 0 ||
-        hb_quantizer_input(state, function, value[0], value[3], &x) < 0 ||
+        hb_quantizer_input(state, function, "x", value[0], value[3], &x) < 0 ||
         hb_map8_get(state, value[1], function, 0, &map_array, &map) < 0)
         goto done;
     const int64_t n_blocks = hb_ceil_div(hb_view_numel(&x.view), blocksize);
@@ -115,7 +115,7 @@ static PyObject *quantize_rows_int8(PyObject *module, PyObject *const *args, Py_
     hb_array x = {0}, codes = {0}, scale = {0}, outliers = {0};
     PyObject *codes_object = NULL, *scale_object = NULL, *outliers_object = NULL, *result = NULL;
     if (hb_arg_threshold(function, value[1], &threshold) < 0 ||
-        hb_quantizer_input(state, function, value[0], value[2], &x) < 0)
+        hb_quantizer_input(state, function, "x", value[0], value[2], &x) < 0)
         goto done;
     if (x.view.ndim == 0) {
         PyErr_Format(PyExc_ValueError, "%s: x, expected shape [..., depth], got a scalar",
@@ -180,12 +180,13 @@ static PyObject *dequantize_rows_int8(PyObject *module, PyObject *const *args, P
     if (hb_result_dtype(state, function, value[2], value[3], HB_F32, &dtype) < 0 ||
         hb_rows8_get(state, function, value[0], value[1], 0, &rows) < 0)
         return NULL;
-    PyObject *result = hb_dequantize_rows8_run(state, function, &rows, dtype, value[3]);
+    PyObject *result = hb_dequantize_rows8_run(
+        state, function, rows.codes.view.data, rows.scale.view.data, dtype, rows.codes.api,
+        rows.codes.view.ndim, rows.codes.view.shape, value[3]);
     hb_rows8_release(&rows);
     return result;
 }
 
-#ifdef HB_WITH_LINEAR8
 PyDoc_STRVAR(matmul_int8_doc,
              "matmul_int8($module, a, b, /, *, out=None)\n--\n\n"
              "a int8 [..., depth], b int8 [rows, depth] -> int32 [..., rows], exact.");
@@ -297,8 +298,6 @@ static PyObject *linear_8bit_grad_input(PyObject *module, PyObject *const *args,
     return result;
 }
 
-#endif
-
 PyDoc_STRVAR(map8_doc, "map8($module, name, /)\n--\n\nThe 256 values of a named map, ascending.");
 
 static PyObject *map8(PyObject *module, PyObject *name)
@@ -322,11 +321,9 @@ PyMethodDef hb_functions_8bit[] = {
     {"dequantize_8bit", HB_FASTCALL(dequantize_8bit), dequantize_8bit_doc},
     {"quantize_rows_int8", HB_FASTCALL(quantize_rows_int8), quantize_rows_int8_doc},
     {"dequantize_rows_int8", HB_FASTCALL(dequantize_rows_int8), dequantize_rows_int8_doc},
-#ifdef HB_WITH_LINEAR8
     {"matmul_int8", HB_FASTCALL(matmul_int8), matmul_int8_doc},
     {"linear_8bit", HB_FASTCALL(linear_8bit), linear_8bit_doc},
     {"linear_8bit_grad_input", HB_FASTCALL(linear_8bit_grad_input), linear_8bit_grad_input_doc},
-#endif
     {"map8", map8, METH_O, map8_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -62,7 +62,6 @@ static int add_exceptions(PyObject *module, hb_state *state)
     return PyModule_AddObjectRef(module, "CudaError", state->cuda_error);
 }
 
-#ifdef HB_WITH_TYPES
 static int add_types(PyObject *module, hb_state *state)
 {
     const struct {
@@ -82,8 +81,6 @@ static int add_types(PyObject *module, hb_state *state)
     return 0;
 }
 
-#endif
-
 static int module_exec(PyObject *module)
 {
     hb_state *state = hb_state_of_module(module);
@@ -91,9 +88,7 @@ static int module_exec(PyObject *module)
     if (add_strings(state) < 0) return -1;
     if (add_context(state) < 0) return -1;
     if (add_exceptions(module, state) < 0) return -1;
-#ifdef HB_WITH_TYPES
     if (add_types(module, state) < 0) return -1;
-#endif
     if (PyModule_AddFunctions(module, hb_functions_4bit) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_8bit) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_info) < 0) return -1;

@@ -245,8 +245,7 @@ static int check_writable(const char *function, const char *name, unsigned take,
     return 0;
 }
 
-// Replaces the view by a row-major copy of its own.
-static int gather(hb_array *array)
+int hb_array_own(hb_array *array)
 {
     hb_view *view = &array->view;
     size_t bytes = (size_t)hb_view_numel(view) * hb_dtype_bytes(view->dtype);
@@ -278,7 +277,7 @@ static int finish(const char *function, const char *name, unsigned take, hb_arra
     if (take & HB_TAKE_WRITABLE) {
         if (check_writable(function, name, take, aligned, view) < 0) return -1;
     } else if (!aligned || (flat && !hb_view_is_contiguous(view))) {
-        if (gather(array) < 0) return -1;
+        if (hb_array_own(array) < 0) return -1;
     }
     if (take & HB_TAKE_BYTES) {
         view->shape[0] = hb_view_numel(view) * (int64_t)hb_dtype_bytes(view->dtype);

@@ -34,6 +34,8 @@ typedef struct {
 int hb_array_get(hb_state *state, PyObject *object, const char *function, const char *name,
                  unsigned take, hb_array *array);
 void hb_array_release(hb_array *array);
+// Replaces the elements by a row-major copy in memory of our own.
+int hb_array_own(hb_array *array);
 
 // A result of `shape`: `out` when given (dtype and shape checked, any strides), otherwise new
 // memory from `api`'s framework or NumPy. Returns a new reference and fills `array`. take:
@@ -52,8 +54,8 @@ int hb_check_overlap_bytes(const char *function, const char *out_name, const hb_
 int hb_check_numel(const char *function, const char *name, const hb_array *array, int64_t expected);
 
 // Zero-copy array over memory that `owner` keeps alive, in `api`'s framework or (read-only) NumPy.
-PyObject *hb_wrap(hb_state *state, PyObject *owner, const DLPackExchangeAPI *api, void *data,
-                  hb_dtype dtype, int ndim, const int64_t *shape);
+PyObject *hb_wrap(PyObject *owner, const DLPackExchangeAPI *api, void *data, hb_dtype dtype,
+                  int ndim, const int64_t *shape);
 // The same as a capsule for __dlpack__; keywords as the Python array API standard has them.
 PyObject *hb_to_dlpack(const char *function, PyObject *owner, void *data, hb_dtype dtype, int ndim,
                        const int64_t *shape, PyObject *const *args, Py_ssize_t n_args,

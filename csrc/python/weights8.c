@@ -52,22 +52,26 @@ int hb_arg_threshold(const char *function, PyObject *value, float *result)
     return -1;
 }
 
-PyObject *hb_dequantize_rows8_run(hb_state *state, const char *function, const hb_rows8 *rows,
-                                  hb_dtype dtype, PyObject *out)
+PyObject *hb_dequantize_rows8_run(hb_state *state, const char *function, const int8_t *codes,
+                                  const float *scale, hb_dtype dtype, const DLPackExchangeAPI *api,
+                                  int ndim, const int64_t *shape, PyObject *out)
 {
     hb_array result;
-    const hb_view *codes = &rows->codes.view;
     unsigned take = dtype == HB_BF16 ? HB_TAKE_U16_AS_BF16 : 0;
-    PyObject *object = hb_output(state, out, function, "out", rows->codes.api, dtype, codes->ndim,
-                                 codes->shape, take, &result);
+    PyObject *object =
+        hb_output(state, out, function, "out", api, dtype, ndim, shape, take, &result);
     if (object == NULL) return NULL;
-    if (hb_given(out) && (hb_check_overlap(function, "out", &result, "codes", &rows->codes) < 0 ||
-                          hb_check_overlap(function, "out", &result, "scale", &rows->scale) < 0))
+    int64_t rows = 1;
+    for (int d = 0; d < ndim - 1; d++) rows *= shape[d];
+    if (hb_given(out) &&
+        (hb_check_overlap_bytes(function, "out", &result, "codes", codes, rows * shape[ndim - 1]) <
+             0 ||
+         hb_check_overlap_bytes(function, "out", &result, "scale", scale, rows * 4) < 0))
         goto error;
     hb_error error;
     hb_status status;
-    HB_WITHOUT_GIL(status, hb_dequantize_rows_int8(&state->context, codes->data,
-                                                   rows->scale.view.data, &result.view, &error));
+    HB_WITHOUT_GIL(status,
+                   hb_dequantize_rows_int8(&state->context, codes, scale, &result.view, &error));
     if (status != HB_OK) {
         hb_raise(state, status, &error);
         goto error;
@@ -113,7 +117,6 @@ error:
     return NULL;
 }
 
-#ifdef HB_WITH_LINEAR8
 PyObject *hb_linear8_run(hb_state *state, const hb_linear8_call *call, const int8_t *codes,
                          const float *scale, int64_t rows, int64_t depth, PyObject *input,
                          PyObject *out)
@@ -157,4 +160,3 @@ error:
     Py_XDECREF(object);
     return NULL;
 }
-#endif

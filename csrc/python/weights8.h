@@ -27,8 +27,10 @@ int hb_rows8_check_matrix(const char *function, const hb_rows8 *rows);
 // A finite threshold >= 0.
 int hb_arg_threshold(const char *function, PyObject *value, float *result);
 
-PyObject *hb_dequantize_rows8_run(hb_state *state, const char *function, const hb_rows8 *rows,
-                                  hb_dtype dtype, PyObject *out);
+// Results go to `out` or a new array of `api`'s framework.
+PyObject *hb_dequantize_rows8_run(hb_state *state, const char *function, const int8_t *codes,
+                                  const float *scale, hb_dtype dtype, const DLPackExchangeAPI *api,
+                                  int ndim, const int64_t *shape, PyObject *out);
 PyObject *hb_dequantize8_run(hb_state *state, const char *function, const hb_tensor8 *tensor,
                              hb_dtype dtype, const DLPackExchangeAPI *api, int ndim,
                              const int64_t *shape, PyObject *out);

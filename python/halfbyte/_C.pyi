@@ -13,10 +13,10 @@ consumed capsule), MemoryError. Each names function, argument, expected and got.
 
 from typing import Any, Literal, final
 
-Array = Any
-QuantType = Literal["nf4", "fp4"]
-Scales = Literal["absmax", "search"]
-Compute = Literal["float32", "bfloat16"]
+_Array = Any
+_QuantType = Literal["nf4", "fp4"]
+_Scales = Literal["absmax", "search"]
+_Compute = Literal["float32", "bfloat16"]
 
 class CudaError(RuntimeError): ...
 
@@ -27,37 +27,40 @@ class Params4bit:
     @classmethod
     def quantize(
         cls,
-        x: Array,
+        x: _Array,
         /,
-        quant_type: QuantType = "nf4",
+        quant_type: _QuantType = "nf4",
         blocksize: int = 64,
         double_quant: bool = False,
-        scales: Scales = "absmax",
-    ) -> Params4bit: ...
+        scales: _Scales = "absmax",
+        *,
+        dtype: Any = None,
+    ) -> Params4bit:
+        """x of any shape. `dtype="bfloat16"` says that a uint16 `x` holds bfloat16."""
     @classmethod
     def from_parts(
         cls,
-        packed: Array,
-        absmax: Array,
-        /,
+        packed: _Array,
+        absmax: _Array,
         *,
-        quant_type: QuantType,
+        quant_type: _QuantType,
         blocksize: int,
         shape: tuple[int, ...],
         dtype: Any = "float32",
-        nested_absmax: Array | None = None,
-        nested_map: Array | None = None,
+        nested_absmax: _Array | None = None,
+        nested_map: _Array | None = None,
         nested_offset: float = 0.0,
         nested_blocksize: int = 256,
     ) -> Params4bit:
         """Zero-copy. `absmax` is float32, or uint8 codes when nested_absmax and nested_map are given.
         `packed` is any dtype (quant_storage); its bytes count."""
-    def dequantize(self, dtype: Any = None, out: Array | None = None) -> Array: ...
+    def dequantize(self, dtype: Any = None, out: _Array | None = None) -> _Array: ...
     def parts(self) -> dict[str, Any]:
         """{"packed", "absmax"[, "nested_absmax", "nested_map", "nested_offset", "nested_blocksize"],
         "quant_type", "blocksize", "shape", "dtype"}: what from_parts takes."""
-    def __getitem__(self, rows: slice) -> Params4bit:
-        """Rows of the first dimension (step 1). Zero-copy; needs depth % blocksize == 0."""
+    def __getitem__(self, rows: slice, /) -> Params4bit:
+        """Rows of the first dimension (step 1), needs depth % blocksize == 0. Zero-copy, but for nested
+        scales of a slice that begins inside a nested block: those become float32 of its own."""
     def __len__(self) -> int: ...
     def __copy__(self) -> Params4bit: ...
     def __deepcopy__(self, memo: Any, /) -> Params4bit: ...
@@ -69,11 +72,11 @@ class Params4bit:
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def _repr_html_(self) -> str: ...
     @property
-    def packed(self) -> Array: ...
+    def packed(self) -> _Array: ...
     @property
-    def absmax(self) -> Array: ...
+    def absmax(self) -> _Array: ...
     @property
-    def quant_type(self) -> QuantType: ...
+    def quant_type(self) -> _QuantType: ...
     @property
     def blocksize(self) -> int: ...
     @property
@@ -95,22 +98,22 @@ class Linear4bit:
     """y = x W^T + b for a 4-bit W [rows, depth]. Callable (vectorcall)."""
 
     def __new__(
-        cls, weight: Params4bit, bias: Array | None = None, compute: Compute = "float32"
+        cls, weight: Params4bit, bias: _Array | None = None, compute: _Compute = "float32"
     ) -> Linear4bit: ...
     @classmethod
     def from_float(
         cls,
-        weight: Array,
-        bias: Array | None = None,
-        quant_type: QuantType = "nf4",
+        weight: _Array,
+        bias: _Array | None = None,
+        quant_type: _QuantType = "nf4",
         blocksize: int = 64,
         double_quant: bool = False,
-        scales: Scales = "absmax",
-        compute: Compute = "float32",
+        scales: _Scales = "absmax",
+        compute: _Compute = "float32",
     ) -> Linear4bit: ...
-    def __call__(self, x: Array, /, out: Array | None = None) -> Array:
+    def __call__(self, x: _Array, /, out: _Array | None = None) -> _Array:
         """x [..., depth] float32/bfloat16/float16 -> [..., rows] of x's dtype."""
-    def grad_input(self, dy: Array, /, out: Array | None = None) -> Array:
+    def grad_input(self, dy: _Array, /, out: _Array | None = None) -> _Array:
         """dx = dy W: [..., rows] -> [..., depth]."""
     def __copy__(self) -> Linear4bit: ...
     def __deepcopy__(self, memo: Any, /) -> Linear4bit: ...
@@ -119,9 +122,9 @@ class Linear4bit:
     @property
     def weight(self) -> Params4bit: ...
     @property
-    def bias(self) -> Array | None: ...
+    def bias(self) -> _Array | None: ...
     @property
-    def compute(self) -> Compute: ...
+    def compute(self) -> _Compute: ...
     @property
     def in_features(self) -> int: ...
     @property
@@ -132,13 +135,16 @@ class Int8Params:
     """A matrix in int8 with one float32 scale (the absmax) per row: w = codes * scale / 127."""
 
     @classmethod
-    def quantize(cls, x: Array, /) -> Int8Params: ...
+    def quantize(cls, x: _Array, /, *, dtype: Any = None) -> Int8Params: ...
     @classmethod
-    def from_parts(cls, codes: Array, scale: Array, /, *, dtype: Any = "float16") -> Int8Params: ...
-    def dequantize(self, dtype: Any = None, out: Array | None = None) -> Array: ...
+    def from_parts(
+        cls, codes: _Array, scale: _Array, *, dtype: Any = "float16", shape: tuple[int, int] | None = None
+    ) -> Int8Params:
+        """Zero-copy. `shape`, when given, is checked."""
+    def dequantize(self, dtype: Any = None, out: _Array | None = None) -> _Array: ...
     def parts(self) -> dict[str, Any]:
         """{"codes", "scale", "shape", "dtype"}."""
-    def __getitem__(self, rows: slice) -> Int8Params: ...
+    def __getitem__(self, rows: slice, /) -> Int8Params: ...
     def __len__(self) -> int: ...
     def __copy__(self) -> Int8Params: ...
     def __deepcopy__(self, memo: Any, /) -> Int8Params: ...
@@ -150,9 +156,9 @@ class Int8Params:
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def _repr_html_(self) -> str: ...
     @property
-    def codes(self) -> Array: ...
+    def codes(self) -> _Array: ...
     @property
-    def scale(self) -> Array: ...
+    def scale(self) -> _Array: ...
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
@@ -171,20 +177,20 @@ class Linear8bit:
     def __new__(
         cls,
         weight: Int8Params,
-        bias: Array | None = None,
+        bias: _Array | None = None,
         threshold: float = 0.0,
         mode: Literal["dynamic", "exact"] = "dynamic",
     ) -> Linear8bit: ...
     @classmethod
     def from_float(
         cls,
-        weight: Array,
-        bias: Array | None = None,
+        weight: _Array,
+        bias: _Array | None = None,
         threshold: float = 0.0,
         mode: Literal["dynamic", "exact"] = "dynamic",
     ) -> Linear8bit: ...
-    def __call__(self, x: Array, /, out: Array | None = None) -> Array: ...
-    def grad_input(self, dy: Array, /, out: Array | None = None) -> Array: ...
+    def __call__(self, x: _Array, /, out: _Array | None = None) -> _Array: ...
+    def grad_input(self, dy: _Array, /, out: _Array | None = None) -> _Array: ...
     def __copy__(self) -> Linear8bit: ...
     def __deepcopy__(self, memo: Any, /) -> Linear8bit: ...
     def __reduce__(self) -> Any: ...
@@ -192,7 +198,7 @@ class Linear8bit:
     @property
     def weight(self) -> Int8Params: ...
     @property
-    def bias(self) -> Array | None: ...
+    def bias(self) -> _Array | None: ...
     @property
     def threshold(self) -> float: ...
     @property
@@ -207,20 +213,21 @@ class Params8bit:
     """A tensor in 8 bits per element, block-wise, with a 256-entry map (optimizer states, nested absmax)."""
 
     @classmethod
-    def quantize(cls, x: Array, /, map: str | Array = "dynamic", blocksize: int = 256) -> Params8bit: ...
+    def quantize(
+        cls, x: _Array, /, map: str | _Array = "dynamic", blocksize: int = 256, *, dtype: Any = None
+    ) -> Params8bit: ...
     @classmethod
     def from_parts(
         cls,
-        codes: Array,
-        absmax: Array,
-        map: str | Array,
-        /,
+        codes: _Array,
+        absmax: _Array,
+        map: str | _Array,
         *,
         blocksize: int,
         shape: tuple[int, ...],
         dtype: Any = "float32",
     ) -> Params8bit: ...
-    def dequantize(self, dtype: Any = None, out: Array | None = None) -> Array: ...
+    def dequantize(self, dtype: Any = None, out: _Array | None = None) -> _Array: ...
     def parts(self) -> dict[str, Any]:
         """{"codes", "absmax", "map", "blocksize", "shape", "dtype"}."""
     def __len__(self) -> int: ...
@@ -233,11 +240,11 @@ class Params8bit:
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def _repr_html_(self) -> str: ...
     @property
-    def codes(self) -> Array: ...
+    def codes(self) -> _Array: ...
     @property
-    def absmax(self) -> Array: ...
+    def absmax(self) -> _Array: ...
     @property
-    def map(self) -> Array: ...
+    def map(self) -> _Array: ...
     @property
     def blocksize(self) -> int: ...
     @property
@@ -254,133 +261,133 @@ class Params8bit:
 # ---- stateless functions over raw tensors (what the torch ops and the checkpoint tool call) ----
 
 def quantize_4bit(
-    x: Array,
+    x: _Array,
     /,
-    quant_type: QuantType = "nf4",
+    quant_type: _QuantType = "nf4",
     blocksize: int = 64,
-    scales: Scales = "absmax",
+    scales: _Scales = "absmax",
     *,
     dtype: Any = None,
-    packed: Array | None = None,
-    absmax: Array | None = None,
-) -> tuple[Array, Array]:
+    packed: _Array | None = None,
+    absmax: _Array | None = None,
+) -> tuple[_Array, _Array]:
     """-> (packed uint8 [(n + 1) // 2], absmax float32 [ceil(n / blocksize)]), written to `packed` and
     `absmax` when given (any contiguous tensor of that many bytes / float32). `dtype="bfloat16"` says
     that a uint16 `x` holds bfloat16; otherwise x's own dtype counts."""
 
 def dequantize_4bit(
-    packed: Array,
-    absmax: Array,
+    packed: _Array,
+    absmax: _Array,
     /,
-    quant_type: QuantType,
+    quant_type: _QuantType,
     blocksize: int,
     shape: tuple[int, ...],
     dtype: Any = None,
     *,
     start: int = 0,
-    out: Array | None = None,
-    nested_absmax: Array | None = None,
-    nested_map: Array | None = None,
+    out: _Array | None = None,
+    nested_absmax: _Array | None = None,
+    nested_map: _Array | None = None,
     nested_offset: float = 0.0,
     nested_blocksize: int = 256,
-) -> Array:
+) -> _Array:
     """Elements [start, start + prod(shape)) of the flattened tensor, in `shape`. dtype None: that of `out`,
     else float32; numbers in uint16 `out` are bfloat16 when dtype says so."""
 
-def nest_absmax(absmax: Array, /, blocksize: int = 256) -> tuple[Array, Array, float]:
+def nest_absmax(absmax: _Array, /, blocksize: int = 256) -> tuple[_Array, _Array, float]:
     """-> (codes uint8 [n], nested_absmax float32 [ceil(n / blocksize)], offset)."""
 
 def linear_4bit(
-    x: Array,
-    packed: Array,
-    absmax: Array,
+    x: _Array,
+    packed: _Array,
+    absmax: _Array,
     /,
-    quant_type: QuantType,
+    quant_type: _QuantType,
     blocksize: int,
     shape: tuple[int, int],
-    bias: Array | None = None,
-    compute: Compute = "float32",
+    bias: _Array | None = None,
+    compute: _Compute = "float32",
     *,
-    out: Array | None = None,
-    nested_absmax: Array | None = None,
-    nested_map: Array | None = None,
+    out: _Array | None = None,
+    nested_absmax: _Array | None = None,
+    nested_map: _Array | None = None,
     nested_offset: float = 0.0,
     nested_blocksize: int = 256,
-) -> Array: ...
+) -> _Array: ...
 def linear_4bit_grad_input(
-    dy: Array,
-    packed: Array,
-    absmax: Array,
+    dy: _Array,
+    packed: _Array,
+    absmax: _Array,
     /,
-    quant_type: QuantType,
+    quant_type: _QuantType,
     blocksize: int,
     shape: tuple[int, int],
-    compute: Compute = "float32",
+    compute: _Compute = "float32",
     *,
-    out: Array | None = None,
-    nested_absmax: Array | None = None,
-    nested_map: Array | None = None,
+    out: _Array | None = None,
+    nested_absmax: _Array | None = None,
+    nested_map: _Array | None = None,
     nested_offset: float = 0.0,
     nested_blocksize: int = 256,
-) -> Array: ...
+) -> _Array: ...
 def quantize_8bit(
-    x: Array,
-    map: str | Array,
+    x: _Array,
+    map: str | _Array,
     /,
     blocksize: int,
     *,
     dtype: Any = None,
-    codes: Array | None = None,
-    absmax: Array | None = None,
-) -> tuple[Array, Array]:
+    codes: _Array | None = None,
+    absmax: _Array | None = None,
+) -> tuple[_Array, _Array]:
     """-> (codes uint8, shape of x; absmax float32 [ceil(n / blocksize)])."""
 
 def dequantize_8bit(
-    codes: Array,
-    absmax: Array,
-    map: str | Array,
+    codes: _Array,
+    absmax: _Array,
+    map: str | _Array,
     /,
     blocksize: int,
     dtype: Any = None,
     *,
-    out: Array | None = None,
-) -> Array: ...
+    out: _Array | None = None,
+) -> _Array: ...
 def quantize_rows_int8(
-    x: Array,
+    x: _Array,
     /,
     threshold: float = 0.0,
     *,
     dtype: Any = None,
-    codes: Array | None = None,
-    scale: Array | None = None,
-) -> tuple[Array, Array, Array | None]:
+    codes: _Array | None = None,
+    scale: _Array | None = None,
+) -> tuple[_Array, _Array, _Array | None]:
     """x [..., depth] -> (codes int8, shape of x; scale float32 [rows]; outlier columns bool [depth],
     or None when threshold is 0)."""
 
 def dequantize_rows_int8(
-    codes: Array, scale: Array, /, dtype: Any = None, *, out: Array | None = None
-) -> Array: ...
-def matmul_int8(a: Array, b: Array, /, *, out: Array | None = None) -> Array:
+    codes: _Array, scale: _Array, /, dtype: Any = None, *, out: _Array | None = None
+) -> _Array: ...
+def matmul_int8(a: _Array, b: _Array, /, *, out: _Array | None = None) -> _Array:
     """a int8 [..., depth], b int8 [rows, depth] -> int32 [..., rows], exact."""
 
 def linear_8bit(
-    x: Array,
-    codes: Array,
-    scale: Array,
+    x: _Array,
+    codes: _Array,
+    scale: _Array,
     /,
-    bias: Array | None = None,
+    bias: _Array | None = None,
     threshold: float = 0.0,
     mode: Literal["dynamic", "exact"] = "dynamic",
     *,
-    out: Array | None = None,
-) -> Array: ...
+    out: _Array | None = None,
+) -> _Array: ...
 def linear_8bit_grad_input(
-    dy: Array, codes: Array, scale: Array, /, *, out: Array | None = None
-) -> Array: ...
-def codebook(quant_type: QuantType, /) -> Array:
+    dy: _Array, codes: _Array, scale: _Array, /, *, out: _Array | None = None
+) -> _Array: ...
+def codebook(quant_type: _QuantType, /) -> _Array:
     """float32 numpy [16]."""
 
-def map8(name: str, /) -> Array:
+def map8(name: str, /) -> _Array:
     """float32 numpy [256], ascending: "dynamic", "dynamic_unsigned", "linear", "fp8_e4m3", "fp8_e5m2",
     "normal"."""
 
