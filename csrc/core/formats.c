@@ -2,12 +2,17 @@
 
 // The float just below a negative normal `t`, or below zero, as a constant expression. With
 // t = m * 2^e, 1 <= m < 2, the factor adds 0.625 m units in the last place, which rounds to one.
-#define HB_BELOW(t) ((t) == 0.0f ? -0x1p-149f : (float)((double)(t) * (1.0 + 0x1.4p-24)))
+#define HB_BELOW(t)  ((t) == 0.0f ? -0x1p-149f : (float)((double)(t) * (1.0 + 0x1.4p-24)))
 #define HB_LIST(...) {__VA_ARGS__}
 
 static const hb_codebook4 codebooks[HB_CODEBOOK_COUNT] = {
 #define HB_CODEBOOK(id, label, values, ranks, thresholds, nan)                                     \
-    [id] = {.name = label, .value = values, .threshold = thresholds, .code_of_rank = ranks, .nan_code = nan},
+    [id] = {.name = label,                                                                         \
+            .value = values,                                                                       \
+            .threshold = thresholds,                                                               \
+            .threshold[15] = __builtin_inff(),                                                     \
+            .code_of_rank = ranks,                                                                 \
+            .nan_code = nan},
 #include "core/formats.def"
 #undef HB_CODEBOOK
 };

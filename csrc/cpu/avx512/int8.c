@@ -40,10 +40,10 @@ static inline void encode_row(const void *x, int64_t n, float absmax, float thre
         kept = _mm512_mask_cmp_ps_mask(kept, magnitude_f32x16(value), limit, _CMP_NGE_UQ);
         if (zero) {
             __m128i marks = _mm_maskz_loadu_epi8(lanes, zero + i);
-            kept &= _mm_testn_epi8_mask(marks, marks);
+            kept &= (__mmask16)_mm_movemask_epi8(_mm_cmpeq_epi8(marks, _mm_setzero_si128()));
         }
         v = _mm512_max_ps(_mm512_min_ps(v, most), least);
-        __m512i code = _mm512_maskz_cvtps_epi32(kept, v);
+        __m512i code = _mm512_maskz_mov_epi32(kept, _mm512_cvtps_epi32(v));
         _mm512_mask_cvtepi32_storeu_epi8(codes + i, lanes, code);
     }
 }
