@@ -1,0 +1,494 @@
+// Products with 4-bit weights: each kernel of both sets against its contract in kernels_linear4.h,
+// then hb_linear_4bit and hb_linear_4bit_grad_input against sums in double.
+//
+// Bounds are those of the header; the double results are formed from values rounded as the set
+// rounds them, so that only float32 sums remain to be bounded.
+#include "check.h"
+
+#include <math.h>
+#include <stdio.h>
+
+#define UNIT 0x1p-24
+
+// A 4-bit matrix with plain scales; packed and absmax end at unreadable pages.
+typedef struct {
+    int64_t rows, depth, blocksize;
+    uint8_t *packed;
+    float *absmax;
+    _Alignas(64) float codebook[16];
+} matrix4;
+
+static matrix4 random_matrix(check *c, hb_format4 format, int64_t rows, int64_t depth,
+                             int64_t blocksize)
+{
+    matrix4 w = {.rows = rows, .depth = depth, .blocksize = blocksize};
+    int64_t n_blocks = hb_ceil_div(rows * depth, blocksize);
+    w.packed = check_buffer(c, (size_t)(rows * depth + 1) / 2, CHECK_END);
+    w.absmax = check_buffer(c, (size_t)n_blocks * sizeof(float), CHECK_END);
+    check_fill_bytes(c, w.packed, (size_t)(rows * depth + 1) / 2);
+    for (int64_t i = 0; i < n_blocks; i++) w.absmax[i] = 0.25f + fabsf(check_random_normal(c));
+    memcpy(w.codebook, hb_codebook4_get(format)->value, sizeof w.codebook);
+    return w;
+}
+
+static float code_value(const matrix4 *w, int64_t row, int64_t column)
+{
+    int64_t i = row * w->depth + column;
+    return w->codebook[i % 2 == 0 ? w->packed[i / 2] >> 4 : w->packed[i / 2] & 15];
+}
+
+static float scale_of(const matrix4 *w, int64_t row, int64_t column)
+{
+    return w->absmax[(row * w->depth + column) / w->blocksize];
+}
+
+static float bf16_of(float value)
+{
+    return hb_f32_from_bf16(hb_bf16_from_f32(value));
+}
+
+static hb_matrix4 block_at(const matrix4 *w, int64_t row, int64_t column)
+{
+    int64_t i = row * w->depth + column;
+    return (hb_matrix4){.packed = w->packed + i / 2,
+                        .row_bytes = w->depth / 2,
+                        .absmax = w->absmax + i / w->blocksize,
+                        .absmax_stride = w->depth / w->blocksize,
+                        .blocksize = w->blocksize,
+                        .codebook = w->codebook};
+}
+
+static int64_t round_up(int64_t n, int64_t multiple)
+{
+    return hb_ceil_div(n, multiple) * multiple;
+}
+
+// Random x of `dtype` [rows, stride], and its values as float32, rounded when the set rounds them.
+static void *random_x(check *c, hb_dtype dtype, int64_t n, bool bf16, float *values)
+{
+    void *x = check_buffer(c, (size_t)n * hb_dtype_bytes(dtype), CHECK_END);
+    check_fill_normal(c, values, n, 1.0f);
+    check_convert(values, x, n, dtype);
+    for (int64_t i = 0; bf16 && i < n; i++) values[i] = bf16_of(values[i]);
+    return x;
+}
+
+// ---- kernels ----------------------------------------------------------------------------------
+
+static void check_dot(check *c, const hb_linear4_set *set, bool bf16, int64_t rows, int64_t depth,
+                      int64_t blocksize, int n_x, hb_dtype dtype)
+{
+    check_label(c, "dot%s rows=%d depth=%d blocksize=%d n_x=%d dtype=%d", bf16 ? " bf16" : "",
+                (int)rows, (int)depth, (int)blocksize, n_x, (int)dtype);
+    matrix4 w = random_matrix(c, rows % 2 ? HB_NF4 : HB_FP4, rows, depth, blocksize);
+    int64_t padded = round_up(depth, HB_LINEAR4_X_GROUP), y_stride = rows + 3;
+    float *values = check_buffer(c, (size_t)(n_x * depth) * 4, CHECK_END);
+    void *x = random_x(c, dtype, n_x * depth, bf16, values);
+    unsigned char *permuted =
+        check_buffer(c, (size_t)(n_x * padded * set->element_bytes), CHECK_END);
+    for (int t = 0; t < n_x; t++)
+        set->permute_x((char *)x + (size_t)(t * depth) * hb_dtype_bytes(dtype), dtype, depth,
+                       permuted + t * padded * set->element_bytes);
+    size_t y_bytes = (size_t)((n_x - 1) * y_stride + rows) * 4;
+    float *y = check_buffer(c, y_bytes, CHECK_END), *one = check_buffer(c, y_bytes, CHECK_END);
+    hb_matrix4 block = block_at(&w, 0, 0);
+    set->dot(&block, rows, depth, permuted, n_x, y, y_stride);
+    for (int64_t r = 0; r < rows; r++) {
+        hb_matrix4 row = block_at(&w, r, 0);
+        set->dot(&row, 1, depth, permuted, n_x, one + r, y_stride);
+    }
+    check_equal(c, one, y, y_bytes, "rows one by one");
+    double bound_factor = ((double)depth / 128 + 14) * UNIT;
+    for (int t = 0; t < n_x; t++)
+        for (int64_t r = 0; r < rows; r++) {
+            double sum = 0, magnitude = 0;
+            for (int64_t k = 0; k < depth; k++) {
+                float code = code_value(&w, r, k);
+                double product = (double)(bf16 ? bf16_of(code) : code) * scale_of(&w, r, k) *
+                                 values[t * depth + k];
+                sum += product;
+                magnitude += fabs(product);
+            }
+            double bound = bound_factor * magnitude;
+            check_close(c, &y[t * y_stride + r], &sum, &bound, 1, "t=%d r=%d", t, (int)r);
+        }
+    check_release(c);
+}
+
+static void check_pack_and_tile(check *c, const hb_linear4_set *set, bool bf16, int64_t steps,
+                                int n_x, hb_dtype dtype)
+{
+    check_label(c, "tile%s steps=%d n_x=%d dtype=%d", bf16 ? " bf16" : "", (int)steps, n_x,
+                (int)dtype);
+    const int64_t rows = set->tile_rows, cols = set->tile_cols, x_stride = steps + 5;
+    const int64_t padded = round_up(steps, HB_LINEAR4_X_BLOCK), pair = set->pair;
+    const int64_t n_panel = round_up(steps, pair) * cols;
+    int64_t n_values = (n_x - 1) * x_stride + steps;
+    float *values = check_buffer(c, (size_t)n_values * 4, CHECK_END);
+    void *x = random_x(c, dtype, n_values, bf16, values);
+    void *packed = check_buffer(c, (size_t)(padded * rows * set->element_bytes), CHECK_END);
+    set->pack_x(x, dtype, x_stride, n_x, steps, packed);
+    for (int64_t s = 0; s < padded; s++)
+        for (int64_t t = 0; t < rows; t++) {
+            int64_t at =
+                (s / HB_LINEAR4_X_BLOCK * rows + t) * HB_LINEAR4_X_BLOCK + s % HB_LINEAR4_X_BLOCK;
+            float got = hb_load_f32(packed, at, set->element_bytes == 4 ? HB_F32 : HB_BF16);
+            float want = t < n_x && s < steps ? values[t * x_stride + s] : 0.0f;
+            check_equal(c, &got, &want, 4, "packed s=%d t=%d", (int)s, (int)t);
+        }
+
+    hb_dtype panel_type = set->element_bytes == 4 ? HB_F32 : HB_BF16;
+    float *weights = check_buffer(c, (size_t)n_panel * 4, CHECK_END);
+    void *panel = check_buffer(c, (size_t)(n_panel * set->element_bytes), CHECK_END);
+    check_fill_normal(c, weights, n_panel, 1.0f);
+    for (int64_t i = 0; i < n_panel; i++) {
+        int64_t s = i / (cols * pair) * pair + i % pair;
+        if (s >= steps) weights[i] = 0.0f;
+        if (bf16) weights[i] = bf16_of(weights[i]);
+        hb_store_f32(panel, i, panel_type, weights[i]);
+    }
+    size_t bytes = (size_t)(rows * cols) * 4;
+    float *first = check_buffer(c, bytes, CHECK_END), *sums = check_buffer(c, bytes, CHECK_END);
+    float *one = check_buffer(c, bytes, CHECK_END);
+    uint8_t untouched[4];
+    memcpy(untouched, first, 4);
+    set->tile(packed, panel, steps, n_x, false, first);
+    memcpy(sums, first, bytes);
+    set->tile(packed, panel, steps, n_x, true, sums);
+    // A row alone: pack it alone as row 0 of another tile.
+    int64_t t_alone = n_x - 1;
+    set->pack_x((char *)x + (size_t)(t_alone * x_stride) * hb_dtype_bytes(dtype), dtype, x_stride,
+                1, steps, packed);
+    set->tile(packed, panel, steps, 1, false, one);
+    check_equal(c, one, first + t_alone * cols, (size_t)cols * 4, "a row alone");
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t j = 0; j < cols; j++) {
+            if (t >= n_x) {
+                check_equal(c, &sums[t * cols + j], untouched, 4, "sums beyond n_x");
+                continue;
+            }
+            double sum = 0, magnitude = 0;
+            for (int64_t s = 0; s < steps; s++) {
+                double product = (double)values[t * x_stride + s] *
+                                 weights[(s / pair * cols + j) * pair + s % pair];
+                sum += product;
+                magnitude += fabs(product);
+            }
+            double bound = ((double)steps + 1) * UNIT * magnitude;
+            check_close(c, &first[t * cols + j], &sum, &bound, 1, "t=%d c=%d", (int)t, (int)j);
+            double twice = 2 * sum, twice_bound = 2 * bound + 2 * UNIT * fabs(sum);
+            check_close(c, &sums[t * cols + j], &twice, &twice_bound, 1, "added t=%d c=%d", (int)t,
+                        (int)j);
+        }
+    check_release(c);
+}
+
+// Weight (row, column) of the panel's matrix as the set stores it.
+static float panel_weight(const matrix4 *w, bool bf16, int64_t row, int64_t column)
+{
+    float value = code_value(w, row, column) * scale_of(w, row, column);
+    return bf16 ? bf16_of(value) : value;
+}
+
+static void check_decode(check *c, const hb_linear4_set *set, bool bf16, bool by_rows,
+                         int64_t n_rows, int64_t column, int64_t n_cols, int64_t depth,
+                         int64_t blocksize)
+{
+    check_label(c, "decode_%s%s rows=%d columns=%d+%d of %d blocksize=%d",
+                by_rows ? "rows" : "cols", bf16 ? " bf16" : "", (int)n_rows, (int)column,
+                (int)n_cols, (int)depth, (int)blocksize);
+    matrix4 w = random_matrix(c, n_rows % 2 ? HB_FP4 : HB_NF4, n_rows, depth, blocksize);
+    const int64_t cols = set->tile_cols, pair = set->pair;
+    int64_t steps = by_rows ? n_cols : n_rows;
+    int64_t n = round_up(steps, pair) * cols;
+    hb_dtype type = set->element_bytes == 4 ? HB_F32 : HB_BF16;
+    void *panel = check_buffer(c, (size_t)(n * set->element_bytes), CHECK_END);
+    hb_matrix4 block = block_at(&w, 0, column);
+    if (by_rows)
+        set->decode_rows(&block, n_rows, n_cols, panel);
+    else
+        set->decode_cols(&block, n_rows, n_cols, panel);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t step = i / (cols * pair) * pair + i % pair, place = i / pair % cols;
+        int64_t row = by_rows ? place : step, k = by_rows ? step : set->column_order[place];
+        float got = hb_load_f32(panel, i, type), want;
+        if (by_rows ? row >= n_rows : k >= n_cols) continue;
+        want = !by_rows && row >= n_rows ? 0.0f : panel_weight(&w, bf16, row, column + k);
+        check_equal(c, &got, &want, 4, "step=%d place=%d", (int)step, (int)place);
+    }
+    check_release(c);
+}
+
+static void check_set(check *c, const hb_linear4_set *set, bool bf16)
+{
+    static const int64_t dot_shapes[][3] = {
+        {1, 32, 32},  {3, 64, 64},  {2, 96, 32},   {5, 128, 32},   {4, 128, 128},  {7, 192, 64},
+        {3, 160, 32}, {2, 256, 64}, {6, 512, 256}, {2, 1024, 512}, {1, 4096, 4096}};
+    uint8_t seen[HB_LINEAR4_MAX_TILE_COLS] = {0};
+    for (int i = 0; i < set->tile_cols; i++) seen[set->column_order[i]]++;
+    for (int i = 0; i < set->tile_cols; i++)
+        CHECK(c, seen[i] == 1, "column_order is no permutation");
+
+    int step = c->emulated ? 3 : 1;
+    for (int i = 0; i < 11; i++)
+        for (int n_x = 1; n_x <= set->dot_rows; n_x++)
+            check_dot(c, set, bf16, dot_shapes[i][0], dot_shapes[i][1], dot_shapes[i][2], n_x,
+                      (hb_dtype)((i + n_x) % HB_IO_COUNT));
+    check_dot(c, set, bf16, 0, 64, 64, 1, HB_F32);
+
+    static const int64_t steps[] = {1, 2, 3, 15, 16, 17, 33, 100, 127, 128};
+    for (int i = 0; i < 10; i++)
+        for (int n_x = 1; n_x <= set->tile_rows; n_x += step)
+            check_pack_and_tile(c, set, bf16, steps[i], n_x, (hb_dtype)((i + n_x) % HB_IO_COUNT));
+    check_pack_and_tile(c, set, bf16, set->panel_steps, set->tile_rows, HB_F32);
+
+    const int64_t cols = set->tile_cols, panel = set->panel_steps;
+    static const int64_t panel_shapes[][2] = {{32, 32},   {64, 64},    {96, 32},  {128, 128},
+                                              {128, 32},  {192, 64},   {256, 64}, {256, 256},
+                                              {512, 512}, {1024, 256}, {480, 32}};
+    for (int i = 0; i < 11; i++) {
+        int64_t depth = panel_shapes[i][0], blocksize = panel_shapes[i][1];
+        for (int64_t n = 1; n <= cols; n += n < 3 ? 1 : 13) {
+            int64_t column = check_random_below(c, hb_ceil_div(depth, panel)) * panel;
+            int64_t count = depth - column < panel ? depth - column : panel;
+            check_decode(c, set, bf16, true, n, column, count, depth, blocksize);
+        }
+        check_decode(c, set, bf16, true, cols, 0, depth < panel ? depth : panel, depth, blocksize);
+        for (int64_t n = 1; n <= panel; n = n * 3 + 1) {
+            int64_t column = check_random_below(c, hb_ceil_div(depth, cols)) * cols;
+            int64_t count = depth - column < cols ? depth - column : cols;
+            check_decode(c, set, bf16, false, n, column, count, depth, blocksize);
+        }
+        check_decode(c, set, bf16, false, panel, 0, depth < cols ? depth : cols, depth, blocksize);
+    }
+}
+
+static void check_finish(check *c)
+{
+    for (hb_dtype dtype = 0; dtype < HB_IO_COUNT; dtype++)
+        for (int64_t n = 0; n <= 64; n += n < 36 ? 1 : 7)
+            for (int biased = 0; biased < 2; biased++) {
+                check_label(c, "finish n=%d dtype=%d bias=%d", (int)n, (int)dtype, biased);
+                float *sums = check_buffer(c, 64 * 4, CHECK_BEGIN);
+                float *bias = check_buffer(c, (size_t)n * 4, CHECK_END);
+                check_fill_wild(c, sums, 64, true);
+                check_fill_wild(c, bias, n, false);
+                size_t bytes = (size_t)n * hb_dtype_bytes(dtype);
+                void *got = check_buffer(c, bytes, CHECK_END),
+                     *want = check_buffer(c, bytes, CHECK_END);
+                c->kernels->linear4.finish(sums, biased ? bias : NULL, n, dtype, got);
+                for (int64_t i = 0; i < n; i++)
+                    hb_store_f32(want, i, dtype, biased ? sums[i] + bias[i] : sums[i]);
+                check_equal(c, got, want, bytes, "y");
+                check_release(c);
+            }
+}
+
+static void bench_set(check *c, const hb_linear4_set *set, const char *name)
+{
+    enum { ROWS = 512, DEPTH = 4096 };
+    if (!c->bench) return;
+    matrix4 w = random_matrix(c, HB_NF4, ROWS, DEPTH, 64);
+    hb_matrix4 block = block_at(&w, 0, 0);
+    void *x = check_buffer(c, DEPTH * 4, CHECK_BEGIN);
+    check_fill_normal(c, x, DEPTH, 1.0f);
+    void *permuted =
+        check_buffer(c, (size_t)(DEPTH * set->element_bytes * set->dot_rows), CHECK_BEGIN);
+    for (int t = 0; t < set->dot_rows; t++)
+        set->permute_x(x, HB_F32, DEPTH, (char *)permuted + t * DEPTH * set->element_bytes);
+    float *y = check_buffer(c, ROWS * 4 * (size_t)set->dot_rows, CHECK_BEGIN);
+    char label[64];
+    double weight_bytes = ROWS * DEPTH * (0.5 + 4.0 / 64), products = 2.0 * ROWS * DEPTH;
+    snprintf(label, sizeof label, "linear4 dot %s, 1 row", name);
+    CHECK_BENCH(c, b, label, weight_bytes, products)
+    set->dot(&block, ROWS, DEPTH, permuted, 1, y, ROWS);
+    snprintf(label, sizeof label, "linear4 dot %s, %d rows", name, (int)set->dot_rows);
+    CHECK_BENCH(c, b, label, weight_bytes, products * set->dot_rows)
+    set->dot(&block, ROWS, DEPTH, permuted, set->dot_rows, y, ROWS);
+
+    int64_t steps = set->panel_steps, cols = set->tile_cols, rows = set->tile_rows;
+    void *panel = check_buffer(c, (size_t)(steps * cols * set->element_bytes), CHECK_BEGIN);
+    void *packed = check_buffer(c, (size_t)(steps * rows * set->element_bytes), CHECK_BEGIN);
+    memset(packed, 0, (size_t)(steps * rows * set->element_bytes));
+    float *sums = check_buffer(c, (size_t)(rows * cols) * 4, CHECK_BEGIN);
+    double panel_bytes = (double)(steps * cols) * (0.5 + 4.0 / 64 + set->element_bytes);
+    snprintf(label, sizeof label, "linear4 decode_rows %s", name);
+    CHECK_BENCH(c, b, label, panel_bytes, 0) set->decode_rows(&block, cols, steps, panel);
+    snprintf(label, sizeof label, "linear4 decode_cols %s", name);
+    CHECK_BENCH(c, b, label, panel_bytes, 0) set->decode_cols(&block, steps, cols, panel);
+    snprintf(label, sizeof label, "linear4 tile %s", name);
+    CHECK_BENCH(c, b, label, 0, 2.0 * (double)(steps * cols * rows))
+    set->tile(packed, panel, steps, (int)rows, false, sums);
+    check_release(c);
+}
+
+CHECK_GROUP(linear4)
+{
+    const hb_kernels_linear4 *kernels = &c->kernels->linear4;
+    if (CHECK_NEW(c, linear4.f32.dot) || CHECK_NEW(c, linear4.f32.tile)) {
+        if (!c->bench) check_set(c, &kernels->f32, false);
+        bench_set(c, &kernels->f32, "f32");
+    }
+    if (CHECK_NEW(c, linear4.bf16.dot) || CHECK_NEW(c, linear4.bf16.tile)) {
+        if (!c->bench) check_set(c, &kernels->bf16, true);
+        bench_set(c, &kernels->bf16, "bf16");
+    }
+    if (CHECK_NEW(c, linear4.finish) && !c->bench) check_finish(c);
+}
+
+// ---- operations -------------------------------------------------------------------------------
+
+typedef struct {
+    int64_t m, rows, depth, blocksize;
+    bool nested, backward, bf16, strided, biased;
+    hb_dtype x_dtype, y_dtype;
+} op_case;
+
+// A random [m, cols] view of dtype; strided: every second column of every third row.
+static hb_view random_view(check *c, int64_t m, int64_t cols, hb_dtype dtype, bool strided,
+                           float *values)
+{
+    int64_t col_stride = strided ? 2 : 1, row_stride = strided ? 3 * (2 * cols + 1) : cols;
+    int64_t n = m == 0 || cols == 0 ? 0 : (m - 1) * row_stride + (cols - 1) * col_stride + 1;
+    unsigned char *data = check_buffer(c, (size_t)n * hb_dtype_bytes(dtype), CHECK_END);
+    for (int64_t i = 0; values != NULL && i < m * cols; i++) {
+        float value = check_random_normal(c);
+        int64_t at = i / cols * row_stride + i % cols * col_stride;
+        hb_store_f32(data, at, dtype, value);
+        values[i] = hb_load_f32(data, at, dtype);
+    }
+    return (hb_view){.data = data,
+                     .dtype = dtype,
+                     .device = {HB_CPU, 0},
+                     .ndim = 2,
+                     .shape = {m, cols},
+                     .stride = {row_stride, col_stride}};
+}
+
+// The relative rounding unit of a dtype, and half its smallest subnormal.
+static double unit_of(hb_dtype dtype, double *smallest)
+{
+    *smallest = dtype == HB_F16 ? 0x1p-25 : 0x1p-134;
+    return dtype == HB_F32 ? UNIT : dtype == HB_BF16 ? 0x1p-8 : 0x1p-11;
+}
+
+static void check_op(check *c, const op_case *o)
+{
+    check_label(
+        c, "op m=%d %dx%d blocksize=%d nested=%d backward=%d bf16=%d strided=%d bias=%d x=%d y=%d",
+        (int)o->m, (int)o->rows, (int)o->depth, (int)o->blocksize, o->nested, o->backward, o->bf16,
+        o->strided, o->biased, (int)o->x_dtype, (int)o->y_dtype);
+    matrix4 w = random_matrix(c, o->rows % 2 ? HB_NF4 : HB_FP4, o->rows, o->depth, o->blocksize);
+    int64_t n_blocks = hb_ceil_div(o->rows * o->depth, o->blocksize);
+    hb_tensor4 tensor = {.format = o->rows % 2 ? HB_NF4 : HB_FP4,
+                         .blocksize = o->blocksize,
+                         .numel = o->rows * o->depth,
+                         .rows = o->rows,
+                         .depth = o->depth,
+                         .packed = w.packed,
+                         .absmax = w.absmax};
+    float map[256];
+    if (o->nested) {
+        uint8_t *codes = check_buffer(c, (size_t)n_blocks, CHECK_END);
+        float *nested = check_buffer(c, (size_t)hb_ceil_div(n_blocks, 256) * 4, CHECK_END);
+        check_fill_bytes(c, codes, (size_t)n_blocks);
+        for (int i = 0; i < 256; i++) map[i] = (float)(i - 128) / 256.0f;
+        for (int64_t i = 0; i < hb_ceil_div(n_blocks, 256); i++) nested[i] = 0.5f + (float)(i % 3);
+        tensor.absmax = NULL;
+        tensor.absmax_codes = codes;
+        tensor.nested_absmax = nested;
+        tensor.nested_map = map;
+        tensor.nested_offset = 1.75f;
+        tensor.nested_blocksize = 256;
+        hb_expand_absmax(c->context, &tensor, 0, n_blocks, w.absmax);
+    }
+    int64_t steps = o->backward ? o->rows : o->depth, outputs = o->backward ? o->depth : o->rows;
+    float *x_values = check_buffer(c, (size_t)(o->m * steps) * 4, CHECK_END);
+    float *bias_values = check_buffer(c, (size_t)outputs * 4, CHECK_END);
+    hb_view x = random_view(c, o->m, steps, o->x_dtype, o->strided, x_values);
+    hb_view bias = random_view(c, 1, outputs, o->y_dtype, o->strided, bias_values);
+    bias.ndim = 1;
+    bias.shape[0] = outputs;
+    bias.stride[0] = bias.stride[1];
+    hb_compute compute = o->bf16 ? HB_COMPUTE_BF16 : HB_COMPUTE_F32;
+    float *first = check_buffer(c, (size_t)(o->m * outputs) * 4, CHECK_END);
+    for (int threads = 1; threads <= 3; threads++) {
+        hb_pool_set_threads(c->context->pool, threads);
+        hb_view y = random_view(c, o->m, outputs, o->y_dtype, o->strided, NULL);
+        hb_error error = {{0}};
+        hb_status status =
+            o->backward ? hb_linear_4bit_grad_input(c->context, &x, &tensor, compute, &y, &error)
+                        : hb_linear_4bit(c->context, &x, &tensor, o->biased ? &bias : NULL, compute,
+                                         &y, &error);
+        CHECK(c, status == HB_OK, "status %d: %s", (int)status, error.text);
+        for (int64_t i = 0; i < o->m * outputs; i++) {
+            int64_t at = i / outputs * y.stride[0] + i % outputs * y.stride[1];
+            float value = hb_load_f32(y.data, at, o->y_dtype);
+            if (threads == 1)
+                first[i] = value;
+            else
+                check_equal(c, &value, &first[i], 4, "%d threads, element %d", threads, (int)i);
+        }
+    }
+    const hb_linear4_set *set = o->bf16 ? &c->kernels->linear4.bf16 : &c->kernels->linear4.f32;
+    double factor = (fmin((double)steps, set->panel_steps) + (double)steps / 128 + 14) * UNIT;
+    if (o->bf16) factor += 0x1p-7 + 0x1p-15; // x and the weight rounded by at most 2^-8 each
+    double smallest, unit = unit_of(o->y_dtype, &smallest);
+    for (int64_t i = 0; i < o->m * outputs; i++) {
+        double sum = 0, magnitude = 0;
+        for (int64_t s = 0; s < steps; s++) {
+            int64_t row = o->backward ? s : i % outputs, column = o->backward ? i % outputs : s;
+            double product = (double)code_value(&w, row, column) * scale_of(&w, row, column) *
+                             x_values[i / outputs * steps + s];
+            sum += product;
+            magnitude += fabs(product);
+        }
+        double bound = factor * magnitude;
+        if (o->biased && !o->backward) {
+            sum += bias_values[i % outputs];
+            bound += UNIT * (fabs(sum) + bound);
+        }
+        bound += unit * (fabs(sum) + bound) + smallest;
+        check_close(c, &first[i], &sum, &bound, 1, "element %d", (int)i);
+    }
+    check_release(c);
+}
+
+CHECK_GROUP(linear4_op)
+{
+    static const int64_t depths[] = {1,   31,  32,  33,  64,  100, 128, 160,
+                                     192, 256, 288, 320, 384, 448, 512, 640};
+    const bool is_new = CHECK_NEW(c, linear4.f32.dot) || CHECK_NEW(c, linear4.bf16.dot) ||
+                        CHECK_NEW(c, linear4.f32.tile) || CHECK_NEW(c, linear4.bf16.tile);
+    if (!is_new || c->bench) return;
+    int count = c->emulated ? 60 : 400;
+    for (int i = 0; i < count; i++) {
+        uint64_t bits = check_random(c);
+        int64_t depth = depths[check_random_below(c, 16)];
+        int64_t rows = 1 + check_random_below(c, bits & 1 ? 16 : 200);
+        int64_t m = 1 + check_random_below(c, bits & 2 ? 4 : 40);
+        if (c->emulated) rows = 1 + rows / 4;
+        op_case o = {.m = m,
+                     .rows = rows,
+                     .depth = depth,
+                     .blocksize = (int64_t)32 << check_random_below(c, 8),
+                     .nested = bits & 4,
+                     .backward = bits & 8,
+                     .bf16 = bits & 16,
+                     .strided = (bits & 96) == 0,
+                     .biased = bits & 128,
+                     .x_dtype = (hb_dtype)check_random_below(c, HB_IO_COUNT),
+                     .y_dtype = (hb_dtype)check_random_below(c, HB_IO_COUNT)};
+        check_op(c, &o);
+    }
+    check_op(c, &(op_case){.m = 0, .rows = 3, .depth = 64, .blocksize = 64});
+    check_op(c, &(op_case){.m = 2, .rows = 0, .depth = 64, .blocksize = 64});
+    check_op(c, &(op_case){.m = 2, .rows = 3, .depth = 0, .blocksize = 64, .biased = true});
+    check_op(c, &(op_case){.m = 2, .rows = 0, .depth = 64, .blocksize = 64, .backward = true});
+    if (!c->emulated) { // large enough for several threads, several passes over x
+        check_op(c, &(op_case){.m = 1, .rows = 1100, .depth = 2048, .blocksize = 64});
+        check_op(c, &(op_case){.m = 600, .rows = 70, .depth = 256, .blocksize = 64, .bf16 = true});
+        check_op(c,
+                 &(op_case){.m = 300, .rows = 64, .depth = 128, .blocksize = 64, .backward = true});
+    }
+}
