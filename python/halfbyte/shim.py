@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 NAME = "bitsandbytes"
 # The release whose behaviour the stand-in has; callers compare it with the oldest they support.
@@ -25,7 +25,7 @@ _SCALES = ("absmax", "search")
 class _Distribution(importlib.metadata.Distribution):
     """What importlib.metadata knows of the stand-in. It lists no files: it owns none under that name."""
 
-    _texts = {
+    _texts: ClassVar[dict[str, str]] = {
         "METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n"
         "Summary: halfbyte, standing in for bitsandbytes\nRequires-Dist: torch\n",
         "top_level.txt": f"{NAME}\n",

@@ -7,7 +7,8 @@ else; the classes and functions are those of `halfbyte.torch`. What is missing r
 import importlib
 from typing import Any
 
-from . import _ops, autograd, cextension, consts, functional, nn, utils
+from . import _ops as _ops
+from . import autograd, cextension, consts, functional, nn, utils
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .nn import modules
 

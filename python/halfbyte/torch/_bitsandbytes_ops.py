@@ -137,7 +137,8 @@ _define(
     lambda A, stats: A.new_empty(A.shape, dtype=torch.float32),
 )
 _define(
-    "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) -> Tensor",
+    "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, "
+    "Tensor? bias=None) -> Tensor",
     lambda A, row_stats, col_stats, dtype=None, bias=None: F.int8_mm_dequant(
         A, row_stats, col_stats, bias=bias, dtype=dtype
     ),
@@ -185,7 +186,7 @@ def _gemm_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    """With double quantization `absmax` holds the second-level scales, `absmax_8bit` the codes of the first."""
+    """With double quantization `absmax` holds the second-level scales, `absmax_8bit` the first codes."""
     nested = () if absmax_8bit is None else (absmax, absmax_code, absmax_offset.float())
     return torch.ops.halfbyte.linear_4bit(
         A,
@@ -224,8 +225,9 @@ _define(
 )
 _define(f"dequantize_4bit.out({_DEQUANTIZE}, Tensor! out) -> ()", _copies(_dequantize_4bit), _nothing)
 _define(
-    "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
-    "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+    "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
+    "Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) "
+    "-> Tensor",
     _gemm_4bit,
     _gemm_4bit_fake,
 )

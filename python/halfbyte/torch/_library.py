@@ -48,5 +48,5 @@ def blocks(n: int, blocksize: int) -> int:
 
 
 def flat_bytes(packed: Tensor) -> Tensor:
-    """Packed codes as one contiguous row, whatever shape or strides they come in (`[n, 1]`, `[1, n]`, `.t()`)."""
+    """Packed codes as one contiguous row, whatever shape and strides they come in (`[n, 1]`, `.t()`)."""
     return packed.reshape(-1)

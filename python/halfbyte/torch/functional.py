@@ -51,14 +51,14 @@ BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# Maps and codebooks that were asked for before, by name: the same tensor serves every state on the CPU.
+# The signed dynamic map, made at its first use: one tensor serves every state on the CPU.
 name2qmap: dict[str, Tensor] = {}
 
 
-def _shared_map(name: str, device: torch.device) -> Tensor:
-    if name not in name2qmap:
-        name2qmap[name] = create_dynamic_map() if name == "dynamic" else get_4bit_type(name, device="cpu")
-    return name2qmap[name].to(device)
+def _dynamic_map(device: torch.device) -> Tensor:
+    if "dynamic" not in name2qmap:
+        name2qmap["dynamic"] = create_dynamic_map()
+    return name2qmap["dynamic"].to(device)
 
 
 def _store(function: str, result: Tensor, out: Tensor | None) -> Tensor:
@@ -104,7 +104,7 @@ def quantize_4bit(
         The dtype the packed bytes are given (a reinterpretation): uint8, bfloat16, float16, float32.
     scales
         "absmax": the scale is the largest magnitude (bitsandbytes' choice). "search": the scale of least
-        squared error; the format is the same. Default: what `halfbyte.install(scales=...)` set, else "absmax".
+        squared error; the format is the same. Default: that of `halfbyte.install(scales=...)`, or "absmax".
 
     Returns
     -------
@@ -114,7 +114,7 @@ def quantize_4bit(
     Raises
     ------
     ValueError
-        Unknown quant_type, block size or scales; dtype of A; packed size no multiple of the storage's item size.
+        Unknown quant_type, block size or scales; dtype of A; packed size no multiple of the item size.
     """
     blocksize = 64 if blocksize is None else blocksize
     _check_4bit("quantize_4bit", quant_type, blocksize)
@@ -129,7 +129,7 @@ def quantize_4bit(
     scales = shim.default_scales() if scales is None else scales
     packed, scale = torch.ops.halfbyte.quantize_4bit(A.detach(), quant_type, blocksize, scales)
     packed = _store("quantize_4bit", packed.view(quant_storage).unsqueeze(1), out)
-    code = _shared_map(quant_type, A.device)
+    code = get_4bit_type(quant_type, A.device)  # each state its own: safetensors refuses shared tensors
     if not compress_statistics:
         scale = _store("quantize_4bit", scale, absmax)
         return packed, QuantState(scale, A.shape, code, blocksize, quant_type, A.dtype)
@@ -137,7 +137,7 @@ def quantize_4bit(
     state2 = QuantState(
         nested_absmax,
         shape=scale.shape,
-        code=_shared_map("dynamic", A.device),
+        code=_dynamic_map(A.device),
         blocksize=NESTED_BLOCKSIZE,
         dtype=torch.float32,
     )
@@ -362,7 +362,7 @@ def quantize_blockwise(
         raise ValueError(f"quantize_blockwise: blocksize must be at least 1, got {blocksize}")
     if A.dtype not in _FLOATS:
         raise ValueError(f"quantize_blockwise: A must be float32, bfloat16 or float16, got {A.dtype}")
-    code = _shared_map("dynamic", A.device) if code is None else code.to(A.device, torch.float32)
+    code = _dynamic_map(A.device) if code is None else code.to(A.device, torch.float32)
     codes, scale = torch.ops.halfbyte.quantize_8bit(A.detach(), code, blocksize)
     codes = _store("quantize_blockwise", codes, out)
     if nested:
@@ -399,7 +399,7 @@ def dequantize_blockwise(
     if quant_state is None:
         if absmax is None:
             raise ValueError("dequantize_blockwise: needs quant_state or absmax")
-        code = _shared_map("dynamic", A.device) if code is None else code
+        code = _dynamic_map(A.device) if code is None else code
         quant_state = QuantState(absmax, A.shape, code, blocksize, dtype=torch.float32)
     state = quant_state
     _follow(state, A)
@@ -465,7 +465,7 @@ def int8_mm_dequant(
 ) -> Tensor:
     """A * row_stats / 127 * col_stats / 127 + bias, in float32, then rounded to `dtype` (default float16).
 
-    A: int32 `[..., rows of b]` from `int8_linear_matmul`; row_stats: one per row of A; col_stats: one per column.
+    A: int32 `[..., n]` from `int8_linear_matmul`; row_stats: one per row of A; col_stats: `[n]`.
     """
     y = (
         A.float()

@@ -65,11 +65,11 @@ def _decade(pieces: int, exponent: int, signed: bool) -> list[float]:
 def create_fp8_map(
     signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8
 ) -> Tensor:
-    """All values of a small float format with subnormals and without Inf or NaN, scaled to maximum 1; `[256]`."""
+    """All values of a small float format (subnormals, no Inf or NaN), scaled to maximum 1; `[256]`."""
     if exponent_bits + precision_bits + int(signed) != total_bits:
         raise ValueError(
-            f"create_fp8_map: {exponent_bits} exponent, {precision_bits} precision and {int(signed)} sign bits "
-            f"are not total_bits = {total_bits}"
+            f"create_fp8_map: {exponent_bits} exponent, {precision_bits} precision and {int(signed)} sign "
+            f"bits are not total_bits = {total_bits}"
         )
     bias = 2 ** (exponent_bits - 1)
     data: list[float] = []
@@ -84,7 +84,7 @@ def create_fp8_map(
 
 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
-    """Quantiles of the normal distribution (the construction behind NF4), scaled to maximum 1; float32 `[256]`.
+    """Quantiles of the normal distribution (the idea behind NF4), scaled to maximum 1; float32 `[256]`.
 
     8 positive quantiles (7 without `use_extra_value`), 7 negative ones, and 0.
     """
@@ -97,7 +97,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
 
 
 _INT4 = (7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7)
-# AbnormalFloat 4 for block size 64: Yoshida 2023, "NF4 Isn't Information Theoretically Optimal (and that's Good)".
+# AbnormalFloat 4 for block size 64: Yoshida 2023, arXiv 2306.06965.
 _AF4_64 = (
     1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164,
     0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0,

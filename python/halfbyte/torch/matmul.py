@@ -1,8 +1,8 @@
 """`matmul` (int8) and `matmul_4bit`: products of activations with a quantized weight, with gradients.
 
-`MatmulLtState` is what an int8 layer keeps between calls: CB the int8 codes `[rows, depth]`, SCB their float32
-scales `[rows]`. Inference is LLM.int8() (x quantized row by row, columns with outliers in float32), training
-multiplies x by the dequantized weight, so that its gradient dy W is the exact one.
+`MatmulLtState` is what an int8 layer keeps between calls: CB the int8 codes `[rows, depth]`, SCB their
+float32 scales `[rows]`. Inference is LLM.int8(): x is quantized row by row, columns with outliers stay
+float32. Training multiplies x by the dequantized weight, so that its gradient dy W is the exact one.
 """
 
 import warnings
@@ -124,7 +124,7 @@ def matmul(
         `[..., depth]` float32, bfloat16 or float16; the result has its dtype and range.
     B
         The weight `[rows, depth]`. Ignored when `state` holds the codes already and `has_fp16_weights` is
-        off; else it is quantized at each call, for it may have been trained since, and the state keeps the codes.
+        off; else it is quantized at each call (it may have been trained since); the state keeps the codes.
     out
         Written if given.
     state
@@ -156,8 +156,8 @@ def matmul_4bit(
     A
         `[..., depth]` float32, bfloat16 or float16; the result has its dtype.
     B, quant_state
-        Packed codes (any strides, so `B.t()` too) and statistics of W `[rows, depth]`. A `[depth, rows]` weight
-        still works, with a DeprecationWarning, when A's depth fits only that way.
+        Packed codes (any strides, so `B.t()` too) and statistics of W `[rows, depth]`. A `[depth, rows]`
+        weight still works, with a DeprecationWarning, when A's depth fits only that way.
     out
         Written if given.
 

@@ -1,4 +1,4 @@
-"""Importing this module makes `torch.ops.halfbyte.*` exist. Their schemas are in `ops_4bit` and `ops_8bit`."""
+"""Importing this module makes `torch.ops.halfbyte.*` exist; see `ops_4bit` and `ops_8bit`."""
 
 from halfbyte.torch import ops_4bit, ops_8bit
 

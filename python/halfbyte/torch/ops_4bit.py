@@ -17,7 +17,10 @@ from torch import Tensor
 from halfbyte import _C
 from halfbyte.torch._library import blocks, define, flat_bytes
 
-_NESTED = "Tensor? nested_absmax=None, Tensor? nested_map=None, Tensor? nested_offset=None, int nested_blocksize=256"
+_NESTED = (
+    "Tensor? nested_absmax=None, Tensor? nested_map=None, Tensor? nested_offset=None, "
+    "int nested_blocksize=256"
+)
 _WEIGHT = "Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape"
 
 
@@ -27,7 +30,7 @@ def nested_arguments(
     nested_offset: Tensor | None,
     nested_blocksize: int,
 ) -> dict:
-    """The nested_* keyword arguments of `_C` for the optional tensors of an operator (none when not nested)."""
+    """The nested_* keyword arguments of `_C` for the optional tensors of an operator."""
     if nested_absmax is None:
         return {}
     return {
@@ -58,7 +61,8 @@ def _quantize_4bit_fake(
 
 
 define(
-    "quantize_4bit(Tensor x, str quant_type='nf4', int blocksize=64, str scales='absmax') -> (Tensor, Tensor)",
+    "quantize_4bit(Tensor x, str quant_type='nf4', int blocksize=64, str scales='absmax')"
+    " -> (Tensor, Tensor)",
     cpu=_quantize_4bit,
     fake=_quantize_4bit_fake,
 )

@@ -172,8 +172,8 @@ def _grad_input_backward(ctx, ddx: Tensor):
 
 
 define(
-    "linear_8bit(Tensor x, Tensor codes, Tensor scale, Tensor? bias=None, float threshold=0.0, str mode='dynamic')"
-    " -> Tensor",
+    "linear_8bit(Tensor x, Tensor codes, Tensor scale, Tensor? bias=None, float threshold=0.0, "
+    "str mode='dynamic') -> Tensor",
     cpu=_linear_8bit,
     fake=_linear_8bit_fake,
     save=_save_linear,

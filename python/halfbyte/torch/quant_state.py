@@ -105,7 +105,7 @@ class QuantState:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getitem__(self, idx: int | slice) -> Any:
-        """The list that old code expects: [absmax, shape, dtype, blocksize, [offset, state2] | None, quant_type]."""
+        """As old code expects: [absmax, shape, dtype, blocksize, [offset, state2] or None, quant_type]."""
         nested = [self.offset, self.state2] if self.nested else None
         return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][idx]
 
@@ -117,7 +117,7 @@ class QuantState:
         ----------
         qs_dict
             Keys with any dotted prefix, e.g. "model.fc.weight.absmax"; either one packed
-            "...quant_state.bitsandbytes__nf4|fp4" tensor or its entries unpacked. Its packed entry is removed.
+            "...quant_state.bitsandbytes__nf4|fp4" tensor or its entries unpacked. The packed one is removed.
         device
             Where the statistics go.
 
@@ -133,8 +133,8 @@ class QuantState:
             )
         if packed and (len(packed) > 1 or packed[0].rpartition(".")[2] not in cls.valid_qs_type_keys):
             raise ValueError(
-                f"QuantState.from_dict: expected one quant_state entry ending in {' or '.join(cls.valid_qs_type_keys)},"
-                f" got {packed}"
+                f"QuantState.from_dict: expected one quant_state entry that ends in "
+                f"{' or '.join(cls.valid_qs_type_keys)}, got {packed}"
             )
         blob = unpack_tensor_to_dict(qs_dict.pop(packed[0])) if packed else {}
         items = {key.rpartition(".")[2]: value for key, value in {**qs_dict, **blob}.items()}
@@ -182,7 +182,7 @@ class QuantState:
             items |= {
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
-                # A copy: the dynamic map is one tensor shared by all states, which safetensors refuses to save.
+                # A copy: the map is one tensor shared by all states, which safetensors refuses to save.
                 "nested_quant_map": self.state2.code.clone(),
                 "nested_dtype": _dtype_name(self.state2.dtype),
                 "nested_offset": self.offset.item(),

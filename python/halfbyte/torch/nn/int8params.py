@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.torch.matmul import quantize_int8_weight
+from halfbyte.torch.nn.params4bit import device_argument
 
 
 class Int8Params(torch.nn.Parameter):
@@ -102,12 +103,10 @@ class Int8Params(torch.nn.Parameter):
     def cuda(
         self, device: int | torch.device | str | None = None, non_blocking: bool = False
     ) -> "Int8Params":
-        return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device,
-                       non_blocking=non_blocking)  # fmt: skip
+        return self.to(device_argument("cuda", device), non_blocking=non_blocking)
 
     def xpu(self, device: int | torch.device | str | None = None, non_blocking: bool = False) -> "Int8Params":
-        return self.to("xpu" if device is None else torch.device("xpu", device) if isinstance(device, int) else device,
-                       non_blocking=non_blocking)  # fmt: skip
+        return self.to(device_argument("xpu", device), non_blocking=non_blocking)
 
 
 def _empty(cls: type[Int8Params]) -> Int8Params:

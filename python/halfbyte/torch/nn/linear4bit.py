@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from halfbyte import _C
-from halfbyte.torch.functional import NESTED_BLOCKSIZE, linear_4bit
+from halfbyte.torch.functional import linear_4bit
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
 from halfbyte.torch.quant_state import QuantState
 
@@ -88,14 +88,14 @@ class Linear4bit(nn.Linear):
         self.quant_storage = quant_storage
 
     def set_compute_type(self, x: Tensor) -> None:
-        """Adopt x's dtype as compute dtype where that is fast and safe, and warn where the setting is slow."""
+        """Adopt x's dtype as compute dtype where that is fast and safe; warn where the setting is slow."""
         if x.dtype in (torch.float32, torch.bfloat16):
             self.compute_dtype = x.dtype
         elif x.dtype == torch.float16:
             # float16 may overflow between layers, so an explicit float32 or bfloat16 is the user's to choose.
             slow = (
-                "Input type into Linear4bit is torch.float16, but bnb_4bit_compute_dtype=torch.float32 (default). "
-                "This will lead to slow inference"
+                "Input type into Linear4bit is torch.float16, but bnb_4bit_compute_dtype=torch.float32 "
+                "(default). This will lead to slow inference"
             )
             if self.compute_dtype in (None, torch.float32):
                 logger.warning(slow + ("." if x.numel() == x.shape[-1] else " or training speed."))
@@ -120,23 +120,21 @@ class Linear4bit(nn.Linear):
         ):
             if bias is not None and bias.dtype != x.dtype:
                 bias.data = bias.data.to(x.dtype)
+            compute = self._compute(x)
+            layout = state.quant_type, state.blocksize, state.shape, bias, compute
             if not state.nested:
-                return _C.linear_4bit(
-                    x,
-                    weight,
-                    state.absmax,
-                    state.quant_type,
-                    state.blocksize,
-                    state.shape,
-                    bias,
-                    self._compute(x),
-                )
+                return _C.linear_4bit(x, weight, state.absmax, *layout)
             state2 = state.state2
             return _C.linear_4bit(
-                x, weight, state.absmax, state.quant_type, state.blocksize, state.shape, bias, self._compute(x),
-                nested_absmax=state2.absmax, nested_map=state2.code, nested_offset=float(state.offset),
+                x,
+                weight,
+                state.absmax,
+                *layout,
+                nested_absmax=state2.absmax,
+                nested_map=state2.code,
+                nested_offset=float(state.offset),
                 nested_blocksize=state2.blocksize,
-            )  # fmt: skip
+            )
         repair_quant_state(self)
         bias = self.bias
         if bias is not None and bias.dtype != x.dtype:

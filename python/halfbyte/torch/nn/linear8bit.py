@@ -87,8 +87,8 @@ class Linear8bitLt(nn.Linear):
         codes = weight if weight.dtype == torch.int8 else state.CB
         if codes is None or state.SCB is None:
             raise RuntimeError(
-                f"{type(self).__name__}: the weight is not quantized yet; move the layer to its device first, "
-                "e.g. layer.to('cpu') or layer.cuda()"
+                f"{type(self).__name__}: the weight is not quantized yet; move the layer to its device "
+                "first, e.g. layer.to('cpu') or layer.cuda()"
             )
         mode = "exact" if state.is_training else "dynamic"
         wants_grad = torch.is_grad_enabled() and (

@@ -196,12 +196,10 @@ class Params4bit(torch.nn.Parameter):
     def cuda(
         self, device: int | torch.device | str | None = None, non_blocking: bool = False
     ) -> "Params4bit":
-        return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device,
-                       non_blocking=non_blocking)  # fmt: skip
+        return self.to(device_argument("cuda", device), non_blocking=non_blocking)
 
     def xpu(self, device: int | torch.device | str | None = None, non_blocking: bool = False) -> "Params4bit":
-        return self.to("xpu" if device is None else torch.device("xpu", device) if isinstance(device, int) else device,
-                       non_blocking=non_blocking)  # fmt: skip
+        return self.to(device_argument("xpu", device), non_blocking=non_blocking)
 
     def _cast(self, dtype: torch.dtype) -> "Params4bit | Tensor":
         return self if self.bnb_quantized else self.to(dtype)
@@ -278,6 +276,15 @@ class Params4bit(torch.nn.Parameter):
     @property
     def nested_offset(self) -> Tensor:
         return self._statistics("nested_offset", nested=True).offset
+
+
+def device_argument(kind: str, device: int | torch.device | str | None) -> torch.device:
+    """The argument of `.cuda(device)` and its kin as a device: None is the current one of its kind."""
+    return (
+        torch.device(kind, device)
+        if isinstance(device, int)
+        else torch.device(kind if device is None else device)
+    )
 
 
 def _empty(cls: type[Params4bit]) -> Params4bit:
