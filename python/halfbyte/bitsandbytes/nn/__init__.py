@@ -1,5 +1,36 @@
 """Layers and parameters with quantized weights, by `halfbyte.torch.nn`."""
 
-from .modules import Int8Params, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, Params4bit
+from . import modules, parametrize
+from .modules import (
+    Embedding4bit,
+    Embedding8bit,
+    EmbeddingFP4,
+    EmbeddingNF4,
+    Int8Params,
+    Linear4bit,
+    Linear8bitLt,
+    LinearFP4,
+    LinearNF4,
+    Params4bit,
+)
 
-__all__ = ["Int8Params", "Linear4bit", "Linear8bitLt", "LinearFP4", "LinearNF4", "Params4bit"]
+__all__ = [
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "Params4bit",
+    "modules",
+    "parametrize",
+]
+
+
+def __getattr__(name: str) -> None:
+    raise AttributeError(
+        f"bitsandbytes.nn.{name} is not part of this halfbyte, which stands in for bitsandbytes"
+    )

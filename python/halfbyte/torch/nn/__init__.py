@@ -1,8 +1,20 @@
 """Layers and parameters with quantized weights."""
 
+from halfbyte.torch.nn.embedding import Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4
 from halfbyte.torch.nn.int8params import Int8Params
 from halfbyte.torch.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from halfbyte.torch.nn.linear8bit import Linear8bitLt
 from halfbyte.torch.nn.params4bit import Params4bit
 
-__all__ = ["Int8Params", "Linear4bit", "Linear8bitLt", "LinearFP4", "LinearNF4", "Params4bit"]
+__all__ = [
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "Params4bit",
+]

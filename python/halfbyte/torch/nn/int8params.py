@@ -97,6 +97,13 @@ class Int8Params(torch.nn.Parameter):
                 new.SCB = self.SCB if device is None or self.SCB.is_meta else self.SCB.to(device)
         return new
 
+    def follow(self) -> None:
+        """Bring CB and SCB to the data; for modules, after their parameters were moved."""
+        if self.CB is not None:
+            self.CB = self.data
+        if self.SCB is not None and self.SCB.device != self.device:
+            self.SCB = self.SCB.to(self.device)
+
     def cpu(self) -> "Int8Params":
         return self.to("cpu")
 

@@ -144,11 +144,9 @@ class Linear4bit(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
         super()._apply(fn, recurse)
         weight = self._parameters.get("weight")
-        state = getattr(weight, "quant_state", None)
-        if state is not None:
-            if state.absmax.device != weight.device:
-                state.to(weight.device)
-            self.quant_state = state
+        if isinstance(weight, Params4bit) and weight.quant_state is not None:
+            weight.follow()
+            self.quant_state = weight.quant_state
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

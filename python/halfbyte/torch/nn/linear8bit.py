@@ -102,14 +102,11 @@ class Linear8bitLt(nn.Linear):
         # bitsandbytes moves the state only when `.to` is called on the layer itself, not on its parent.
         super()._apply(fn, recurse)
         weight, state = self._parameters.get("weight"), self.state
-        if weight is None:
-            return self
-        if getattr(weight, "CB", None) is not None:
-            weight.CB = weight.data
-            weight.SCB = _follow(weight.SCB, weight)
-        if state.CB is not None:
-            state.CB = weight.data if weight.dtype == torch.int8 else _follow(state.CB, weight)
-            state.SCB = _follow(state.SCB, weight)
+        if isinstance(weight, Int8Params):
+            weight.follow()
+        if weight is not None and state.CB is not None:
+            state.CB = weight.data if weight.dtype == torch.int8 else state.CB.to(weight.device)
+            state.SCB = None if state.SCB is None else state.SCB.to(weight.device)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -149,10 +146,6 @@ class Linear8bitLt(nn.Linear):
                 scale.copy_(state_dict[key])
             if key in unexpected_keys:
                 unexpected_keys.remove(key)
-
-
-def _follow(tensor: Tensor | None, weight: Tensor) -> Tensor | None:
-    return tensor if tensor is None or tensor.device == weight.device else tensor.to(weight.device)
 
 
 def maybe_rearrange_weight(

@@ -190,6 +190,11 @@ class Params4bit(torch.nn.Parameter):
         attributes = {name: getattr(self, name) for name in _ATTRIBUTES if name != "module"}
         return type(self)(data, self.requires_grad, **{**attributes, "quant_state": state})
 
+    def follow(self) -> None:
+        """Bring the statistics to the device of the data; for modules, after their parameters were moved."""
+        if self.quant_state is not None and self.quant_state.absmax.device != self.device:
+            self.quant_state.to(self.device)
+
     def cpu(self) -> "Params4bit":
         return self.to("cpu")
 
