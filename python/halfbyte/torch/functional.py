@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from halfbyte import shim
 from halfbyte.torch import ops as _ops  # noqa: F401  (defines torch.ops.halfbyte)
@@ -212,7 +213,7 @@ def dequantize_4bit(
 
 def _plain(A: Tensor) -> Tensor:
     """Without the parameter subclass: the operators need neither its gradient nor its __torch_function__."""
-    return A.data if isinstance(A, torch.nn.Parameter) else A
+    return A.data if isinstance(A, torch.nn.Parameter) and not is_compiling() else A
 
 
 def _follow(state: QuantState, A: Tensor) -> None:

@@ -111,8 +111,7 @@ class Embedding4bit(nn.Embedding):
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        repair_quant_state(self)
-        state = self.weight.quant_state
+        state = repair_quant_state(self)
         packed = self.weight.data
         if self.embedding_dim % state.blocksize:
             return nn.functional.embedding(input, dequantize_4bit(packed, state)).to(self.dtype)

@@ -135,11 +135,11 @@ class Linear4bit(nn.Linear):
                 nested_offset=float(state.offset),
                 nested_blocksize=state2.blocksize,
             )
-        repair_quant_state(self)
+        state = repair_quant_state(self)
         bias = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias.data = bias.data.to(x.dtype)
-        return linear_4bit(x, self.weight, self.weight.quant_state, bias, self._compute(x))
+        return linear_4bit(x, self.weight, state, bias, self._compute(x))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
         super()._apply(fn, recurse)

@@ -296,8 +296,8 @@ def _empty(cls: type[Params4bit]) -> Params4bit:
     return cls.__new__(cls)
 
 
-def repair_quant_state(module: Any) -> None:
-    """Give the weight of a layer its statistics back after a wrapper (FSDP) replaced the parameter.
+def repair_quant_state(module: Any) -> QuantState:
+    """The statistics of a layer's weight, given back to it after a wrapper (FSDP) replaced the parameter.
 
     Raises
     ------
@@ -305,21 +305,25 @@ def repair_quant_state(module: Any) -> None:
         The layer was never quantized.
     """
     weight = module.weight
-    if getattr(weight, "quant_state", None) is not None:
-        return
-    if getattr(module, "quant_state", None) is None:
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return state
+    state = module.quant_state
+    if state is None:
         raise RuntimeError(
             f"{type(module).__name__}: the weight is not quantized yet; move the layer to its device first, "
             "e.g. layer.to('cpu') or layer.cuda()"
         )
-    if not isinstance(weight, Params4bit):
+    if type(weight) is torch.nn.Parameter:  # and no fake tensor that stands for one while torch.export traces
         module.weight = Params4bit(
             weight.data,
             quant_storage=module.quant_storage,
-            quant_type=module.quant_state.quant_type,
-            blocksize=module.quant_state.blocksize,
-            compress_statistics=module.quant_state.nested,
+            quant_type=state.quant_type,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
             bnb_quantized=True,
             module=module,
         )
-    module.weight.quant_state = module.quant_state
+    if isinstance(module.weight, Params4bit):
+        module.weight.quant_state = state
+    return state
