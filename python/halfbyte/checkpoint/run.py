@@ -409,7 +409,8 @@ class _Work:
             self._write(job, "nested_quant_map", _C.map8("dynamic"), 0)
         dtype = _NAMES[job.source.dtype]
         blob = quant_state_blob(self.options.to, self.options.blocksize, dtype, job.shape, offset)
-        self._write(job, "quant_map", _C.codebook(self.options.to), 0)
+        # bitsandbytes stores FP4's negative zero as +0.0
+        self._write(job, "quant_map", _C.codebook(self.options.to) + np.float32(0), 0)
         self._write(job, "quant_state", blob, 0)
 
     def _write(self, job: Job, role: str, data: Any, offset: int) -> None:
