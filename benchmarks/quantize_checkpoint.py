@@ -9,8 +9,8 @@ Makes a Llama-shaped bfloat16 checkpoint of random weights, then measures, in on
     copy    memory to memory, the bytes of source and result: what memory traffic alone costs
     tool    halfbyte.quantize
 
-warm: the source is in the page cache. cold: it was dropped from it before each step (posix_fadvise), where the
-disk below may still have a cache of its own. The goal is tool <= 2 * max(read + write, copy).
+warm: the source is in the page cache. cold: it was dropped from it before each step (posix_fadvise), where
+the disk below may still have a cache of its own. The goal is tool <= 2 * max(read + write, copy).
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ def main() -> int:
         print(json.dumps(results, indent=2))
         return 0
     print(
-        f"{results['source_bytes']:,} -> {results['result_bytes']:,} bytes, {args.to}, {args.threads} threads,"
-        f" {halfbyte.cpu_info()['used']}, best of {args.rounds}"
+        f"{results['source_bytes']:,} -> {results['result_bytes']:,} bytes, {args.to},"
+        f" {args.threads} threads, {halfbyte.cpu_info()['used']}, best of {args.rounds}"
     )
     for state in ("warm", "cold"):
         s = results[state]

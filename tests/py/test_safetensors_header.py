@@ -35,7 +35,7 @@ HOSTILE = {
     "length over the limit": (raw(b"{}", length=100_000_001), "E410", "100,000,001"),
     "length beyond the file": (raw(b"{}", length=5000), "E412", "missing"),
     "length wraps to small": (raw(b"{}", length=2**64 - 8), "E410", "header"),
-    "pickle of a zip": (b"PK\x03\x04" + b"\0" * 60, "E440", "pickle"),
+    "pickle of a zip": (b"PK\x03\x04\0\0\x08\x08" + b"\0" * 60, "E440", "pickle"),
     "pickle protocol 2": (b"\x80\x02}q\0." + b"\0" * 60, "E440", "pickle"),
     "GGUF": (b"GGUF\x03\0\0\0" + b"\0" * 60, "E410", "GGUF"),
     "header is a list": (raw(b"[]      "), "E410", "'{'"),
@@ -197,6 +197,14 @@ def test_layout_is_the_reference_layout(tmp_path):
         for name, slot in placed.items():
             write_at(file.fileno(), arrays[name], slot.start)
     assert path.read_bytes() == safetensors.numpy.save(arrays, {"format": "pt"})
+
+
+@pytest.mark.parametrize("padding", range(0, 768, 8))
+def test_headers_of_every_length(padding, tmp_path):
+    """The length prefix may begin like another format's magic (0x80 is also how a pickle begins)."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw(json.dumps(GOOD).encode().ljust(64 + padding)))
+    SafetensorsFile(path).close()
 
 
 def test_layout_refuses_two_tensors_of_one_name():

@@ -14,8 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.output import check_output
 from halfbyte.checkpoint.plan import Options, make_plan, source_name
-from halfbyte.checkpoint.run import Progress, check_output, default_threads, write_plan
+from halfbyte.checkpoint.run import Progress, default_threads, write_plan
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.folder import open_model
 

@@ -14,7 +14,6 @@ folder left by a killed run is told from one in use: it is removed and the work 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte import _C
+from halfbyte.checkpoint.output import MARKER, publish, reserve
 from halfbyte.checkpoint.plan import MANIFEST_NAME, Job, Plan
 from halfbyte.errors import CheckpointError, from_os_error
 from halfbyte.formats.bitsandbytes import NESTED_BLOCKSIZE, quant_state_blob
@@ -41,8 +41,6 @@ _NUMPY_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 _COPY_BYTES = 2 << 20
-# Says that OUT.partial is ours. It goes when the manifest, which says so too, is complete.
-_MARKER = ".halfbyte-partial"
 _HASH_BYTES = 1 << 20
 # Dirty pages are pushed to the disk after so many bytes, so that the fsync at the end finds little to do.
 _FLUSH_BYTES = 64 << 20
@@ -52,14 +50,14 @@ def write_plan(
     plan: Plan, out: Path, threads: int, overwrite: bool, progress: Progress | None
 ) -> dict[str, str]:
     """Make folder `out`. Returns the SHA-256 of each file; on any error `out` is as it was before."""
-    partial = _reserve(plan, out, overwrite)
+    partial = reserve(plan, out, overwrite)
     lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         hashes = _fill(plan, partial, threads, progress)
-        (partial / _MARKER).unlink()
+        (partial / MARKER).unlink()
         os.fsync(lock)
-        _publish(partial, out)
+        publish(partial, out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise from_os_error(error, f"writing '{out.name}'") from error
@@ -69,122 +67,6 @@ def write_plan(
     finally:
         os.close(lock)
     return hashes
-
-
-# ---- the folder ----
-
-
-def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
-    """Refuse an output that would harm something. Raises CheckpointError E201, E202."""
-    source = plan.model.root
-    real = Path(os.path.realpath(out))
-    if real == source or real in source.parents:
-        raise CheckpointError(
-            "E202", f"the output '{out}' is the source, or contains it", fix="choose another -o"
-        )
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink() or not out.is_dir():
-        raise CheckpointError("E201", f"'{out}' exists and is not a folder", fix="choose another -o")
-    content = set(os.listdir(out))
-    if not content:
-        return
-    if not overwrite:
-        raise CheckpointError("E201", f"'{out}' exists", fix="choose another -o, or add --overwrite")
-    if not content & {"config.json", MANIFEST_NAME}:
-        raise CheckpointError(
-            "E201",
-            f"'{out}' is not a model folder, so --overwrite does not remove it",
-            fix="choose another -o",
-        )
-
-
-def _reserve(plan: Plan, out: Path, overwrite: bool) -> Path:
-    check_output(plan, out, overwrite)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(partial):
-            _remove_stale(partial, plan.model.root)
-        partial.mkdir()
-        (partial / _MARKER).touch()
-        disk = os.statvfs(partial)
-    except OSError as error:
-        raise from_os_error(error, f"cannot make '{partial}'") from error
-    need, free = sum(plan.sizes().values()), disk.f_bavail * disk.f_frsize
-    if need > free:
-        shutil.rmtree(partial)
-        raise CheckpointError(
-            "E501",
-            f"not enough space for '{out}'",
-            [f"{need:,} bytes needed, {free:,} free ({need - free:,} missing)", "nothing was written"],
-            "free some space, or write to another disk",
-        )
-    return partial
-
-
-def _remove_stale(partial: Path, source: Path) -> None:
-    """Remove what a killed run left; anything else of that name is the user's and stays."""
-    ours = (
-        not partial.is_symlink() and partial.is_dir() and partial.resolve() not in (source, *source.parents)
-    )
-    content = set(os.listdir(partial)) if ours else set()
-    if not ours or (content and not content & {_MARKER, MANIFEST_NAME}):
-        raise CheckpointError(
-            "E201",
-            f"'{partial}' is in the way, and no run of halfbyte left it",
-            fix="move it, or choose another -o",
-        )
-    fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(partial)
-    except BlockingIOError:
-        raise CheckpointError(
-            "E601", f"another run is writing '{partial}'", fix="wait for it, or choose another -o"
-        ) from None
-    finally:
-        os.close(fd)
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Put `partial` in the place of `out`, in one step where the kernel has renameat2."""
-    if not os.path.lexists(out) or not os.listdir(out):
-        os.rename(partial, out)
-        old = None
-    elif _exchange(partial, out):
-        old = partial
-    else:
-        old = out.with_name(f"{out.name}.replaced-{os.getpid()}")
-        os.rename(out, old)
-        try:
-            os.rename(partial, out)
-        except OSError:
-            os.rename(old, out)
-            raise
-    _sync_folder(out.parent)
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    at_fdcwd, rename_exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-# ---- the files ----
 
 
 def _fill(plan: Plan, partial: Path, threads: int, progress: Progress | None) -> dict[str, str]:
@@ -232,7 +114,11 @@ def _write_small(path: Path, content: bytes) -> str:
 
 
 class _Work:
-    """The threads and what they share. `lock` guards everything that changes."""
+    """The threads and what they share. `lock` guards everything that changes.
+
+    Workers do tiles, and the checksum of a file as soon as its last tile is written. One more thread only
+    waits for the disk: it pushes out dirty pages meanwhile and syncs each file when it is complete.
+    """
 
     def __init__(self, plan: Plan, fds: list[int]):
         self.plan = plan
@@ -241,12 +127,14 @@ class _Work:
         self.lock = threading.Condition()
         self.tiles = self._all_tiles()
         self.left = {id(job): _count_tiles(job, plan.options.blocksize) for job in plan.jobs}
-        self.unfinished = sum(1 for count in self.left.values() if count)
+        self.jobs_left = [sum(1 for job in file.jobs if self.left[id(job)]) for file in plan.files]
+        complete = [i for i, n in enumerate(self.jobs_left) if n == 0]
+        self.to_hash, self.to_sync = complete.copy(), complete.copy()
+        self.unsynced = len(fds)
         self.absmax: dict[int, np.ndarray] = {}
         self.done_bytes = 0
         self.total_bytes = sum(job.source.nbytes for job in plan.jobs)
         self.current = ""
-        self.finishing = [(step, i) for i in range(len(fds)) for step in ("fsync", "hash")]
         self.unflushed = 0
         self.running = 0
         self.stop = False
@@ -254,12 +142,16 @@ class _Work:
         self.hashes: dict[str, str] = {}
 
     def run(self, threads: int, progress: Progress | None) -> dict[str, str]:
-        workers = [threading.Thread(target=self._worker, name=f"halfbyte-{i}") for i in range(threads)]
-        flusher = threading.Thread(target=self._flush, name="halfbyte-flush")
-        self.running = len(workers)
+        names = [f"halfbyte-{i}" for i in range(threads)]
+        workers = [threading.Thread(target=self._guard, args=(self._worker,), name=name) for name in names]
+        workers.append(threading.Thread(target=self._guard, args=(self._sync,), name="halfbyte-sync"))
+        started: list[threading.Thread] = []
         try:
-            for thread in (*workers, flusher):
+            for thread in workers:
+                with self.lock:
+                    self.running += 1
                 thread.start()
+                started.append(thread)
             while True:
                 with self.lock:
                     self.lock.wait(0.1)
@@ -273,23 +165,16 @@ class _Work:
             with self.lock:
                 self.stop = True
                 self.lock.notify_all()
-            for thread in (*workers, flusher):
-                if thread.ident is not None:
-                    thread.join()
+            for thread in started:
+                thread.join()
         if self.error is not None:
             raise self.error
         return self.hashes
 
-    def _worker(self) -> None:
+    def _guard(self, target: Callable[[], None]) -> None:
+        """A thread's whole life: the first error of any thread stops them all and is raised by run()."""
         try:
-            buffers = _Buffers()
-            while (tile := self._next_tile()) is not None:
-                self._do_tile(buffers, *tile)
-            with self.lock:  # all tiles must be written before any file is finished
-                while not self.stop and self.unfinished:
-                    self.lock.wait()
-            while (task := self._next_finishing()) is not None:
-                self._finish_file(*task)
+            target()
         except BaseException as error:
             with self.lock:
                 self.error = self.error or error
@@ -299,18 +184,44 @@ class _Work:
                 self.running -= 1
                 self.lock.notify_all()
 
+    def _worker(self) -> None:
+        buffers = _Buffers()
+        while True:
+            with self.lock:
+                tile = None
+                while not self.stop and not self.to_hash and any(self.jobs_left):
+                    tile = next(self.tiles, None)
+                    if tile is not None:
+                        break
+                    self.lock.wait()  # others still write the last tiles; their file's checksum may be ours
+                if self.stop or (tile is None and not self.to_hash):
+                    return
+                file = None if tile is not None else self.to_hash.pop(0)
+            if tile is not None:
+                self._do_tile(buffers, *tile)
+            else:
+                self._hash_file(file)
+
+    def _sync(self) -> None:
+        while True:
+            with self.lock:
+                while not self.stop and not self.to_sync and self.unflushed < _FLUSH_BYTES:
+                    self.lock.wait()
+                if self.stop:
+                    return
+                complete, self.to_sync = self.to_sync, []
+                self.unflushed = 0
+            sync = os.fsync if complete else os.fdatasync
+            for index in complete or range(len(self.fds)):
+                sync(self.fds[index])
+            self.unsynced -= len(complete)
+            if not self.unsynced:
+                return
+
     def _all_tiles(self) -> Iterator[tuple[Job, int, int]]:
         for job in sorted(self.plan.jobs, key=lambda j: (j.source.file.name, j.source.start)):
             for start, count in _tiles(job, self.options.blocksize):
                 yield job, start, count
-
-    def _next_tile(self) -> tuple[Job, int, int] | None:
-        with self.lock:
-            return None if self.stop else next(self.tiles, None)
-
-    def _next_finishing(self) -> tuple[str, int] | None:
-        with self.lock:
-            return None if self.stop or not self.finishing else self.finishing.pop(0)
 
     def _do_tile(self, buffers: _Buffers, job: Job, start: int, count: int) -> None:
         if job.kind == "copy":
@@ -333,8 +244,10 @@ class _Work:
         if job.kind != "copy":
             self._finish_tensor(job)
         with self.lock:
-            self.unfinished -= 1
-            if not self.unfinished:
+            self.jobs_left[job.file] -= 1
+            if not self.jobs_left[job.file]:
+                self.to_hash.append(job.file)
+                self.to_sync.append(job.file)
                 self.lock.notify_all()
 
     def _read(self, buffers: _Buffers, job: Job, start: int, count: int) -> np.ndarray:
@@ -425,34 +338,12 @@ class _Work:
             if before < _FLUSH_BYTES <= self.unflushed:
                 self.lock.notify_all()
 
-    def _flush(self) -> None:
-        while True:
-            with self.lock:
-                while not self.stop and self.unflushed < _FLUSH_BYTES:
-                    self.lock.wait()
-                if self.stop:
-                    return
-                self.unflushed = 0
-            try:
-                for fd in self.fds:
-                    os.fdatasync(fd)
-            except OSError as error:
-                with self.lock:
-                    self.error = self.error or error
-                    self.stop = True
-                    self.lock.notify_all()
-
-    def _finish_file(self, step: str, index: int) -> None:
-        fd = self.fds[index]
-        if step == "fsync":
-            os.fsync(fd)
-            return
-        file = self.plan.files[index]
+    def _hash_file(self, index: int) -> None:
+        fd, file = self.fds[index], self.plan.files[index]
         with self.lock:
             self.current = f"checksum of {file.name}"
         digest = hashlib.sha256()
-        buffer = bytearray(_HASH_BYTES)
-        view = memoryview(buffer)
+        view = memoryview(bytearray(_HASH_BYTES))
         offset = 0
         while offset < file.size and not self.stop:
             got = os.preadv(fd, [view[: file.size - offset]], offset)

@@ -154,31 +154,34 @@ class SafetensorsFile:
         prefix = bytearray(8)
         self.read_into(prefix, 0)
         (length,) = struct.unpack("<Q", prefix)
-        if prefix[:4] == b"PK\x03\x04" or prefix[:1] == b"\x80":
-            self._bad(
-                "E440",
-                "is a pickle, not safetensors",
-                "unpickling runs code from the file; halfbyte never does it",
-                fix="convert it with the program that made it (save_pretrained with safe_serialization=True)",
-            )
-        if prefix[:4] == b"GGUF":
-            self._bad("E410", "is a GGUF file, not safetensors")
-        if length > MAX_HEADER_BYTES:
-            self._bad(
-                "E410",
-                "is no safetensors file, or a hostile one",
-                f"it claims a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are accepted",
-            )
-        if length > self.size - 8:
-            self._truncated(8 + length)
-        if length < 2:
-            self._bad("E410", f"is no safetensors file: its header has {length} bytes")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, self.size - 8):
+            self._refuse_length(length, bytes(prefix))
         raw = bytearray(length)
         self.read_into(raw, 8)
         if raw[:1] != b"{":
             self._bad("E410", "is no safetensors file: its header does not begin with '{'")
         self.header_bytes = 8 + length
         self._check_entries(self._parse(bytes(raw)))
+
+    def _refuse_length(self, length: int, prefix: bytes) -> NoReturn:
+        if length < 2:
+            self._bad("E410", f"is no safetensors file: its header has {length} bytes")
+        if length <= MAX_HEADER_BYTES:
+            self._truncated(8 + length)
+        if prefix[:4] == b"PK\x03\x04" or (prefix[:1] == b"\x80" and prefix[1] <= 5):
+            self._bad(
+                "E440",
+                "is a pickle, not safetensors",
+                "unpickling runs code from the file; halfbyte never does it",
+                fix="convert it with the program that made it (save_pretrained writes safetensors)",
+            )
+        if prefix[:4] == b"GGUF":
+            self._bad("E410", "is a GGUF file, not safetensors")
+        self._bad(
+            "E410",
+            "is no safetensors file, or a hostile one",
+            f"it claims a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are accepted",
+        )
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
