@@ -73,7 +73,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(C_SOURCES)
 	@touch $@
 
 demo: $(VENV)/.built
-	@$(PY) -m halfbyte.demo --model tests/data/tiny-llama --text tests/data/heldout.txt --output demo-output
+	@$(BIN)/halfbyte demo tests/data/tiny-llama --text tests/data/heldout.txt --output demo-output
 
 test: $(VENV)/.built
 	@$(PY) -m pytest $(TESTS)

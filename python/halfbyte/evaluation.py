@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Comparison", "compare", "generation_speed", "token_windows"]
+__all__ = ["Comparison", "compare", "generate", "generation_speed", "load_float32", "token_windows"]
 
 
 @dataclass(frozen=True)
@@ -212,10 +212,23 @@ def _load(model: Any) -> Any:
     """The model itself, or the one that a path names, in float32."""
     if not isinstance(model, (str, Path)):
         return model
+    return load_float32(model)
+
+
+def load_float32(path: str | Path) -> Any:
+    """A model for measuring: the checkpoint at `path`, with everything that is not quantized in float32.
+
+    transformers leaves the dense tensors of an already quantized checkpoint in the dtype of the file, whatever
+    it is told; they are widened here, which is exact.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    return model
 
 
 def _log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:

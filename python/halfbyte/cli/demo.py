@@ -1,0 +1,49 @@
+"""halfbyte demo MODEL --text FILE"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from halfbyte.cli.arguments import add_json, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a small causal language model")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text that the models read")
+    parser.add_argument(
+        "-o", "--output", default="demo-output", metavar="DIR", help="for quality.json, quality.png"
+    )
+    parser.add_argument("--prompt", default="The file is read", help="what the models continue")
+    parser.add_argument("--window", type=positive, default=256, metavar="N", help="tokens per window")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="read no more of the text")
+    parser.add_argument("--no-gate", action="store_true", help="judge the broken control only")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte import demo
+    from halfbyte.cli.main import print_json
+
+    text = Path(args.text).read_text(encoding="utf-8")
+    quiet_transformers()
+    report = demo.run(args.model, text, window=args.window, max_tokens=args.max_tokens, prompt=args.prompt)
+    found = [demo.Check(**check) for check in report["checks"]]
+    if args.json:
+        print_json(report)
+    else:
+        print(demo.table(report), demo.samples(report), "\n".join(map(str, found)), sep="\n\n")
+        print()
+    for path in demo.write(report, args.output):
+        print(f"written: {path}", file=sys.stderr if args.json else sys.stdout)
+    judged = found[-1:] if args.no_gate else found
+    return 0 if all(check.ok for check in judged) else 7
+
+
+def quiet_transformers() -> None:
+    """No progress bars for models that load in a blink."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,42 @@
+"""halfbyte eval ORIGINAL MODEL --text FILE"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from halfbyte.cli.arguments import add_json, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("original", metavar="ORIGINAL", help="folder of the original checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint to compare with it")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text that both models read")
+    parser.add_argument("--window", type=positive, default=256, metavar="N", help="tokens per window")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="read no more of the text")
+    parser.add_argument(
+        "--max-kl", type=float, metavar="X", help="exit with 7 if the KL divergence is larger"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import halfbyte
+    from halfbyte.cli.demo import quiet_transformers
+    from halfbyte.cli.main import print_json
+
+    quiet_transformers()
+    halfbyte.install()
+    from halfbyte.evaluation import compare
+
+    text = Path(args.text).read_text(encoding="utf-8")
+    result = compare(args.original, args.model, text, window=args.window, max_tokens=args.max_tokens)
+    if args.json:
+        print_json({"schema": "halfbyte.eval/1", **result.to_dict()})
+    else:
+        print(f"KL divergence  {result.kl:.6f} ± {result.kl_se:.6f} nats per token")
+        print(
+            f"NLL change     {result.nll_change:+.6f} ± {result.nll_change_se:.6f} ({result.nll_original:.4f} before)"
+        )
+        print(f"same top token {result.top1:.2%} of {result.tokens:,} tokens in {result.windows} windows")
+    return 7 if args.max_kl is not None and result.kl > args.max_kl else 0
