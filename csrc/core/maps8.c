@@ -106,30 +106,22 @@ static float float_below(float value)
     return hb_f32_from_bits(bits & 0x80000000u ? bits + 1 : bits - 1);
 }
 
-// The largest float t such that v > t means: v is nearer to `high` than to `low`, for every float
-// v. That is the midpoint rounded down; a midpoint that is a float goes to the even one of the
-// entries i and i + 1, so behind an odd i it must pass and t lies below it.
-static float split_point(float low, float high, bool low_is_odd)
-{
-    // low + high = sum + rest exactly (Knuth's two-sum); halving is exact too.
-    double sum = (double)low + (double)high;
-    double part = sum - (double)low;
-    double rest = ((double)low - (sum - part)) + ((double)high - part);
-    double middle = sum * 0.5;
-    float t = (float)middle;
-    if ((double)t > middle || ((double)t == middle && rest < 0.0)) return float_below(t);
-    return (double)t == middle && rest == 0.0 && low_is_odd ? float_below(t) : t;
-}
-
 void hb_search8_init(hb_search8 *search, const float *map)
 {
-    // Equal entries are passed by v > their value, so that the first of them stands for it.
+    // Between entries i and i + 1 lies m, their midpoint in float32 arithmetic as bitsandbytes'
+    // CUDA search computes it, and m itself goes to the even entry: from an even i it takes v > m
+    // to pass, from an odd i v >= m, that is v > float_below(m). (Where the midpoint is no float32,
+    // a v equal to the rounded one may be nearer to the other entry by half a unit: compatibility
+    // wins.) Equal entries are passed by v > m alone, so that the first of them stands for its
+    // value.
     float last = -HB_INFINITY;
     for (int i = 0; i < 255; i++) {
         float low = map[i], high = map[i + 1];
-        float t = low == high ? low : split_point(low, high, i % 2 == 1);
-        // Behind equal entries the tie of a neighbour must not disorder the thresholds.
-        if (t > last) last = t;
+        float sum = low + high;
+        float middle = sum - sum == 0.0f ? sum * 0.5f : low * 0.5f + high * 0.5f;
+        if (i % 2 == 1 && low != high) middle = float_below(middle);
+        // Entries closer than roundings must not disorder the thresholds.
+        if (middle > last) last = middle;
         search->threshold[i] = last;
     }
     search->threshold[255] = HB_INFINITY;

@@ -254,20 +254,17 @@ MAPS = {
 
 
 def nearest(v: float, table: list[float]) -> int:
-    """Index of the nearest entry, by exact arithmetic; of two neighbours at one distance the even index.
+    """Index of the nearest entry as bitsandbytes' CUDA search decides it; NaN gives 0.
 
-    Of equal entries the first stands for values up to theirs and the last for values above. NaN gives 0.
+    The border of two neighbours is their float32 midpoint, and the midpoint itself goes to the even index. Of
+    equal entries the first stands for values up to theirs and the last for values above.
     """
-    if isnan(v):
-        return 0
-    exact = Fraction(v)
-    best = min(abs(exact - Fraction(entry)) for entry in table)
-    tied = [i for i, entry in enumerate(table) if abs(exact - Fraction(entry)) == best]
-    below = [i for i in tied if table[i] < v]
-    above = [i for i in tied if table[i] >= v]
-    if below and above:
-        return below[-1] if below[-1] % 2 == 0 else above[0]
-    return below[-1] if below else above[0]
+    code = 0
+    for i, (low, high) in enumerate(pairwise(table)):
+        middle = f32(Fraction(f32(Fraction(low) + Fraction(high))) / 2)
+        if v > middle or (v == middle and i % 2 == 1 and low != high):
+            code = i + 1
+    return code
 
 
 def quantize_8bit(x: list[float], table: list[float], blocksize: int) -> tuple[list[int], list[float]]:

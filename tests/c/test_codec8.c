@@ -1,0 +1,208 @@
+// 8-bit block-wise kernels, their maps and the thresholds made from a map.
+#include "codec.h"
+
+#include <stdio.h>
+
+// The rule itself, in float64: the nearest entry to v, the even index where v is the float32
+// midpoint of two; of equal entries the first for v up to theirs, the last for v above. NaN has
+// code 0.
+static uint8_t plain_encode(const float *map, float v)
+{
+    int code = 0;
+    if (isnan(v)) return 0;
+    for (int i = 0; i < 255; i++) {
+        float middle = (map[i] + map[i + 1]) * 0.5f;
+        bool passes = i % 2 == 0 || map[i] == map[i + 1] ? v > middle : v >= middle;
+        if (passes) code = i + 1;
+    }
+    return (uint8_t)code;
+}
+
+// A map of the user's: random, ascending, with equal entries and a wide range.
+static void random_map(check *c, float *map)
+{
+    check_fill_normal(c, map, 256, 1.0f);
+    for (int i = 0; i < 256; i++)
+        if (i % 5 == 0) map[i] = map[i / 2];
+    for (int i = 1; i < 256; i++) // insertion sort
+        for (int k = i; k > 0 && map[k - 1] > map[k]; k--) {
+            float swap = map[k];
+            map[k] = map[k - 1];
+            map[k - 1] = swap;
+        }
+}
+
+static void some_map(check *c, int which, float *map)
+{
+    if (which < HB_MAP8_COUNT)
+        hb_map8_fill((hb_map8)which, map);
+    else
+        random_map(c, map);
+}
+
+CHECK_GROUP_ONCE(codec8_maps)
+{
+    static const char *const names[] = {"dynamic",  "dynamic_unsigned", "linear",
+                                        "fp8_e4m3", "fp8_e5m2",         "normal"};
+    for (int which = 0; which < HB_MAP8_COUNT; which++) {
+        float map[256];
+        hb_search8 search;
+        hb_map8_fill((hb_map8)which, map);
+        CHECK(c, hb_map8_from_name(names[which]) == which, "%s", names[which]);
+        for (int i = 1; i < 256; i++)
+            CHECK(c, map[i - 1] <= map[i], "%s[%d] is out of order", names[which], i);
+        CHECK(c, map[255] == 1.0f, "%s ends at %g", names[which], (double)map[255]);
+        hb_search8_init(&search, map);
+        for (int i = 1; i < 256; i++)
+            CHECK(c, search.threshold[i - 1] <= search.threshold[i], "%s: threshold %d",
+                  names[which], i);
+        // The tree holds each threshold once.
+        for (int leaf = 256; leaf < 512; leaf++)
+            for (int node = leaf; node > 1; node /= 2) {
+                float t = search.tree[node / 2];
+                CHECK(c,
+                      node % 2 ? t <= search.threshold[leaf - 256 ? leaf - 257 : 0]
+                               : t >= search.threshold[leaf - 256],
+                      "%s: tree leaf %d", names[which], leaf);
+            }
+    }
+    CHECK(c, hb_map8_from_name("cubic") == -1, "unknown name");
+    // Neighbouring floats, huge floats: midpoints round or overflow, order must survive.
+    float map[256];
+    hb_search8 search;
+    for (int i = 0; i < 256; i++)
+        map[i] = i < 128   ? hb_f32_from_bits(0x3f800000u + (uint32_t)i)
+                 : i < 200 ? 2.0f
+                           : 0x1.fffffep127f;
+    hb_search8_init(&search, map);
+    for (int i = 0; i < 256; i++) {
+        CHECK(c, i == 0 || search.threshold[i - 1] <= search.threshold[i],
+              "close map: threshold %d", i);
+        int code = 0;
+        while (code < 255 && map[i] > search.threshold[code]) code++;
+        CHECK(c, map[code] == map[i], "close map: entry %d is stored as %d", i, code);
+    }
+}
+
+CHECK_GROUP(codec8_encode)
+{
+    static const int64_t blocksizes[] = {1, 3, 16, 17, 64, 100, 256, 4096, INT64_MAX};
+    for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
+        if (!CHECK_NEW(c, codec.encode8[io])) continue;
+        for (int s = 0; s < codec_size_count(c); s++)
+            for (int b = 0; b < 9; b++) {
+                const int64_t n = codec_sizes[s], blocksize = blocksizes[b];
+                const int64_t n_blocks = hb_ceil_div(n, blocksize);
+                float map[256];
+                hb_search8 search;
+                some_map(c, (s + b) % (HB_MAP8_COUNT + 1), map);
+                hb_search8_init(&search, map);
+                codec_input x = codec_make_input(c, n, io, b % 2, b % 3 ? CHECK_END : CHECK_BEGIN);
+                float *absmax = check_buffer(c, (size_t)n_blocks * 4, CHECK_END);
+                c->reference->codec.absmax[io](x.data, n, blocksize, absmax);
+                uint8_t *want = check_buffer(c, (size_t)n, CHECK_END);
+                uint8_t *got = check_buffer(c, (size_t)n, CHECK_END);
+                for (int64_t i = 0; i < n; i++)
+                    want[i] = plain_encode(map, x.values[i] * (1.0f / absmax[i / blocksize]));
+                c->kernels->codec.encode8[io](x.data, n, &search, blocksize, absmax, got);
+                check_equal(c, got, want, (size_t)n, "map8 encode %s n=%lld blocksize=%lld",
+                            hb_dtype_name(io), (long long)n, (long long)blocksize);
+                check_release(c);
+            }
+        if (!c->bench) continue;
+        const int64_t n = 1 << 20;
+        float map[256], *x = check_buffer(c, (size_t)n * 4, CHECK_BEGIN);
+        void *data = check_buffer(c, (size_t)n * hb_dtype_bytes(io), CHECK_BEGIN);
+        float *absmax = check_buffer(c, (size_t)n / 64, CHECK_BEGIN);
+        uint8_t *codes = check_buffer(c, (size_t)n, CHECK_BEGIN);
+        check_fill_normal(c, x, n, 1.0f);
+        check_convert(x, data, n, io);
+        hb_search8 search;
+        hb_map8_fill(HB_MAP_DYNAMIC, map);
+        hb_search8_init(&search, map);
+        char name[64];
+        snprintf(name, sizeof name, "dynamic8 quantize %s", hb_dtype_name(io));
+        CHECK_BENCH(c, b, name, (double)n * ((double)hb_dtype_bytes(io) + 1 + 4. / 256), 0)
+        for (int64_t i = 0; i < n; i += 4096) {
+            const uint8_t *piece = (const uint8_t *)data + (size_t)i * hb_dtype_bytes(io);
+            c->kernels->codec.absmax[io](piece, 4096, 256, absmax + i / 256);
+            c->kernels->codec.encode8[io](piece, 4096, &search, 256, absmax + i / 256, codes + i);
+        }
+        check_release(c);
+    }
+}
+
+// v = x with absmax 1: the neighbours of every threshold, every exponent, or all of float32.
+CHECK_GROUP(codec8_every_value)
+{
+    enum { SLICE = 1 << 14 };
+    if (!CHECK_NEW(c, codec.encode8[HB_F32])) return;
+    for (int which = 0; which <= HB_MAP8_COUNT; which++) {
+        float *values = check_buffer(c, SLICE * 4, CHECK_END);
+        uint8_t *want = check_buffer(c, SLICE, CHECK_END);
+        uint8_t *got = check_buffer(c, SLICE, CHECK_END);
+        float map[256];
+        const float one = 1.0f;
+        hb_search8 search;
+        some_map(c, which, map);
+        hb_search8_init(&search, map);
+        int64_t n = 0;
+        for (int t = 0; t < 255; t++)
+            for (int ulp = -3; ulp <= 3; ulp++)
+                values[n++] = codec_neighbour(search.threshold[t], ulp);
+        codec_all_floats walk = codec_all_floats_begin(c);
+        if (which > 1) walk.step *= 64; // the exhaustive run is for the two maps of the optimizers
+        walk.step *= 4;
+        walk.step += walk.step % 2 == 0;
+        do {
+            for (int64_t i = 0; i < n; i++) want[i] = plain_encode(map, values[i]);
+            c->kernels->codec.encode8[HB_F32](values, n, &search, INT64_MAX, &one, got);
+            if (!check_equal(c, got, want, (size_t)n, "map8 encode of all values, map %d", which))
+                return;
+            n = codec_all_floats_next(&walk, values, SLICE);
+        } while (n > 0);
+        check_release(c);
+    }
+}
+
+CHECK_GROUP(codec8_decode)
+{
+    static const int64_t blocksizes[] = {1, 3, 16, 17, 64, 100, 256, 4096, INT64_MAX};
+    for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
+        if (!CHECK_NEW(c, codec.decode8[io])) continue;
+        for (int s = 0; s < codec_size_count(c); s++)
+            for (int b = 0; b < 9; b++) {
+                const int64_t n = codec_sizes[s], blocksize = blocksizes[b];
+                const int64_t n_blocks = hb_ceil_div(n, blocksize);
+                const size_t bytes = (size_t)n * hb_dtype_bytes(io);
+                float *map = check_buffer(c, 1024, CHECK_END);
+                some_map(c, (s + b) % (HB_MAP8_COUNT + 1), map);
+                uint8_t *codes = check_buffer(c, (size_t)n, CHECK_END);
+                float *absmax = check_buffer(c, (size_t)n_blocks * 4, CHECK_END);
+                void *want = check_buffer(c, bytes, CHECK_END);
+                void *got = check_buffer(c, bytes, b % 2 ? CHECK_END : CHECK_BEGIN);
+                check_fill_bytes(c, codes, (size_t)n);
+                check_fill_wild(c, absmax, n_blocks, true);
+                for (int64_t i = 0; i < n; i++)
+                    codec_store(want, i, io, map[codes[i]] * absmax[i / blocksize]);
+                c->kernels->codec.decode8[io](codes, n, map, blocksize, absmax, got, s % 2);
+                codec_settle_nan(got, n, io);
+                check_equal(c, got, want, bytes, "map8 decode %s n=%lld blocksize=%lld",
+                            hb_dtype_name(io), (long long)n, (long long)blocksize);
+                check_release(c);
+            }
+        if (!c->bench) continue;
+        const int64_t n = 1 << 22;
+        float map[256], *absmax = check_buffer(c, (size_t)n / 64, CHECK_BEGIN);
+        uint8_t *codes = check_buffer(c, (size_t)n, CHECK_BEGIN);
+        void *out = check_buffer(c, (size_t)n * hb_dtype_bytes(io), CHECK_BEGIN);
+        hb_map8_fill(HB_MAP_DYNAMIC, map);
+        check_fill_bytes(c, codes, (size_t)n);
+        for (int64_t i = 0; i < n / 256; i++) absmax[i] = 1.0f;
+        char name[64];
+        snprintf(name, sizeof name, "dynamic8 dequantize %s", hb_dtype_name(io));
+        CHECK_BENCH(c, b, name, (double)n * ((double)hb_dtype_bytes(io) + 1 + 4. / 256), 0)
+        c->kernels->codec.decode8[io](codes, n, map, 256, absmax, out, true);
+        check_release(c);
+    }
+}
