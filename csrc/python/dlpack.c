@@ -84,27 +84,16 @@ void hb_exchange_clear(hb_state *state)
 
 // ---- in -----------------------------------------------------------------------------------------
 
-// Takes the current exception. The caller owns the result.
-static PyObject *take_exception(void)
-{
-#if PY_VERSION_HEX >= 0x030C0000
-    return PyErr_GetRaisedException();
-#else
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    Py_XDECREF(type);
-    Py_XDECREF(traceback);
-    return value;
-#endif
-}
-
 // A framework's RuntimeError (no storage, sparse layout, ...) becomes a BufferError that names the
 // argument and keeps the first line: torch appends its C++ stack. Other exceptions pass.
 static void name_producer_error(const char *function, const char *name)
 {
+    if (!PyErr_Occurred()) // a broken producer
+        PyErr_SetString(PyExc_RuntimeError, "its producer failed without an exception");
     if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) return;
-    PyObject *exception = take_exception();
+    PyObject *type, *exception, *traceback;
+    PyErr_Fetch(&type, &exception, &traceback);
+    PyErr_NormalizeException(&type, &exception, &traceback);
     PyObject *text = exception == NULL ? NULL : PyObject_Str(exception);
     const char *utf8 = text == NULL ? NULL : PyUnicode_AsUTF8(text);
     if (utf8 == NULL) PyErr_Clear();
@@ -113,19 +102,28 @@ static void name_producer_error(const char *function, const char *name)
     PyErr_Format(PyExc_BufferError, "%s: %s, expected a dense tensor with memory, got: %s",
                  function, name, line);
     Py_XDECREF(text);
+    Py_XDECREF(type);
     Py_XDECREF(exception);
+    Py_XDECREF(traceback);
 }
 
+// A deleter may be Python code, and this may run while an exception is on its way.
 static void free_versioned(PyObject *capsule)
 {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
     DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, CAPSULE_VERSIONED_USED);
     if (managed != NULL && managed->deleter != NULL) managed->deleter(managed);
+    PyErr_Restore(type, value, traceback);
 }
 
 static void free_legacy(PyObject *capsule)
 {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
     DLManagedTensor *managed = PyCapsule_GetPointer(capsule, CAPSULE_LEGACY_USED);
     if (managed != NULL && managed->deleter != NULL) managed->deleter(managed);
+    PyErr_Restore(type, value, traceback);
 }
 
 int hb_exchange_get(const DLPackExchangeAPI *api, PyObject *object, const char *function,
@@ -283,6 +281,16 @@ static void set_allocation_error(void *context, const char *kind, const char *me
     PyGILState_Release(gil);
 }
 
+// Takes `managed`.
+static PyObject *to_python(const DLPackExchangeAPI *api, DLManagedTensorVersioned *managed)
+{
+    void *object = NULL;
+    if (api->managed_tensor_to_py_object_no_sync(managed, &object) == 0) return object;
+    if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_RuntimeError, "the tensor's framework failed without an exception");
+    return NULL;
+}
+
 PyObject *hb_exchange_new(const DLPackExchangeAPI *api, hb_dtype dtype, int ndim,
                           const int64_t *shape, void **data)
 {
@@ -296,9 +304,7 @@ PyObject *hb_exchange_new(const DLPackExchangeAPI *api, hb_dtype dtype, int ndim
         return NULL;
     }
     *data = (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
-    void *object = NULL;
-    if (api->managed_tensor_to_py_object_no_sync(managed, &object) != 0) return NULL;
-    return object;
+    return to_python(api, managed);
 }
 
 // A managed tensor over memory of ours, with the room for its shape.
@@ -375,9 +381,7 @@ PyObject *hb_wrap(PyObject *owner, const DLPackExchangeAPI *api, void *data, hb_
     if (api == NULL) return hb_numpy_wrap(owner, data, dtype, ndim, shape);
     DLManagedTensorVersioned *managed = export_versioned(owner, data, dtype, ndim, shape, 0);
     if (managed == NULL) return NULL;
-    void *object = NULL;
-    if (api->managed_tensor_to_py_object_no_sync(managed, &object) != 0) return NULL;
-    return object;
+    return to_python(api, managed);
 }
 
 // Frees a capsule that nobody consumed.
