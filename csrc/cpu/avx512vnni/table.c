@@ -2,5 +2,5 @@
 
 void hb_table_avx512vnni(hb_kernels *kernels)
 {
-    (void)kernels;
+    hb_linear8_table_avx512vnni(&kernels->linear8);
 }
