@@ -24,6 +24,8 @@ _VERBS = {
     "quantize": ("write a model in 4 or 8 bits, in the layout of bitsandbytes", "quantize"),
     "inspect": ("show what is in a checkpoint: formats, bytes, bits per parameter", "inspect"),
     "verify": ("check a quantized checkpoint against its manifest and its layout", "verify"),
+    "plan": ("show what a model takes in memory, dense and quantized, and what fits here", "plan"),
+    "doctor": ("check this machine and test every kernel against known answers", "doctor"),
     "eval": ("compare a model with the original: KL divergence, change of the likelihood", "eval"),
     "demo": ("quantize a small model by every recipe, measure it, draw a picture", "demo"),
     "run": ("run a Python script with halfbyte in the place of bitsandbytes", "run"),

@@ -1,0 +1,28 @@
+"""halfbyte plan MODEL"""
+
+from __future__ import annotations
+
+import argparse
+
+from halfbyte.cli.arguments import add_json, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="model folder, or ORG/NAME from the Hugging Face cache"
+    )
+    parser.add_argument("--context", type=positive, default=4096, metavar="TOKENS", help="default: 4096")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at a time (1)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfbyte.cli.main import print_json
+    from halfbyte.memory import memory_plan
+
+    plan = memory_plan(args.model, args.context, args.batch)
+    if args.json:
+        print_json(plan.to_json())
+    else:
+        print(plan)
+    return 0

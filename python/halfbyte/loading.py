@@ -1,0 +1,152 @@
+"""`halfbyte.load`: a transformers model in 4 or 8 bits, after asking whether it fits.
+
+The model is loaded by transformers itself, with halfbyte in the place of bitsandbytes. Before that the bytes it
+will take are computed from the headers of the checkpoint and compared with the memory that is available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from halfbyte.errors import CheckpointError
+from halfbyte.formats.folder import ModelFolder, open_model
+from halfbyte.memory import MemoryPlanError, available_memory, plan_of
+from halfbyte.shim import install
+
+__all__ = ["MemoryPlanError", "load"]
+
+_SHORTCUTS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK_BYTES = 1 << 20
+_DEFAULT_MAXIMUM_BYTES = 32 << 20
+
+
+def load(
+    path: str | os.PathLike[str],
+    quantization_config: Any = None,
+    device_map: Any = None,
+    *,
+    context: int = 2048,
+    check_memory: bool = True,
+    auto_class: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a model through transformers, quantized, if it fits in memory.
+
+    Parameters
+    ----------
+    path : path
+        Model folder, or ORG/NAME in the local Hugging Face cache; dense or already quantized.
+    quantization_config : BitsAndBytesConfig, dict, "nf4", "fp4", "int8" or None
+        As for `from_pretrained`; a dict holds the arguments of BitsAndBytesConfig. None: as the checkpoint is.
+    device_map : optional
+        As for `from_pretrained`. Memory is checked where all of the model goes to the CPU.
+    context : int
+        Tokens that keys and values are counted for.
+    check_memory : bool
+        False loads without asking.
+    auto_class : optional
+        AutoModelForCausalLM if None.
+    **kwargs
+        Passed to `from_pretrained`.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+
+    Raises
+    ------
+    MemoryPlanError
+        Before anything is loaded. Says how many bytes are missing and which formats would fit; a MemoryError.
+    CheckpointError
+        The checkpoint is broken.
+    TypeError
+        A quantization_config of another kind.
+    """
+    install()
+    import transformers
+
+    config = _bits_and_bytes_config(quantization_config)
+    with open_model(path) as model:
+        if model.config is None:
+            raise CheckpointError("E401", f"'config.json' is missing in {model.root}")
+        if check_memory and _on_cpu(device_map):
+            plan = plan_of(model, context, 1, available_memory())
+            plan.require(_route(config, model, plan))
+        folder = os.fspath(model.root)
+    if config is not None:
+        kwargs["quantization_config"] = config
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    loader = auto_class or transformers.AutoModelForCausalLM
+    with _large_blocks_returned():
+        return loader.from_pretrained(folder, **kwargs)
+
+
+def _bits_and_bytes_config(value: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if isinstance(value, str):
+        if value not in _SHORTCUTS:
+            raise ValueError(
+                f"load: quantization_config must be one of {', '.join(_SHORTCUTS)}, got {value!r}"
+            )
+        value = _SHORTCUTS[value]
+    if isinstance(value, Mapping):
+        return BitsAndBytesConfig(**value)
+    if value is None or isinstance(value, BitsAndBytesConfig):
+        return value
+    raise TypeError(
+        "load: quantization_config must be a BitsAndBytesConfig, a dict, 'nf4', 'fp4', 'int8' or None, "
+        f"got {type(value).__name__}"
+    )
+
+
+def _on_cpu(device_map: Any) -> bool:
+    if device_map in (None, "auto"):
+        import torch
+
+        return not torch.cuda.is_available()
+    devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return all(str(device) == "cpu" for device in devices)
+
+
+def _route(config: Any, model: ModelFolder, plan: Any) -> str:
+    """The plan's name for what is going to be loaded."""
+    names = [route.name for route in plan.routes]
+    if len(names) == 1 or config is None:
+        return names[0]
+    if config.load_in_8bit:
+        return "int8"
+    if not config.load_in_4bit:
+        return "dense"
+    return "nf4 + double quantization" if config.bnb_4bit_use_double_quant else "nf4"  # fp4 has nf4's sizes
+
+
+@contextlib.contextmanager
+def _large_blocks_returned() -> Iterator[None]:
+    """glibc gives blocks of 1 MiB and more back to the kernel as soon as they are free.
+
+    By itself it learns from the first large tensor to keep up to 32 MiB a block on the heap, which then breaks
+    into pieces: loading int8 took 2.5 times the memory of the result.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):  # not glibc
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _DEFAULT_MAXIMUM_BYTES)
+        malloc_trim(0)
