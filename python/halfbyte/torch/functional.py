@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from halfbyte import shim
+from halfbyte import _C, shim
 from halfbyte.torch import ops as _ops  # noqa: F401  (defines torch.ops.halfbyte)
 from halfbyte.torch.maps import (
     create_dynamic_map,
@@ -57,6 +57,8 @@ name2qmap: dict[str, Tensor] = {}
 
 
 def _dynamic_map(device: torch.device) -> Tensor:
+    if torch._C._len_torch_dispatch_stack():  # fake tensors and the like: neither keep one nor hand out ours
+        return torch.from_numpy(_C.map8("dynamic").copy()).to(device)
     if "dynamic" not in name2qmap:
         name2qmap["dynamic"] = create_dynamic_map()
     return name2qmap["dynamic"].to(device)

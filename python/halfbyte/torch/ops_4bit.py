@@ -210,7 +210,7 @@ def _linear_backward(ctx, dy: Tensor):
             dy, packed, absmax, quant_type, blocksize, shape, compute, nabsmax, nmap, noffset, nblocksize
         )
     if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
-        dbias = dy.sum(tuple(range(dy.dim() - 1))).to(ctx.bias_dtype)
+        dbias = dy.sum_to_size(dy.shape[-1]).to(ctx.bias_dtype)
     return dx, None, None, None, None, None, dbias, None, None, None, None, None
 
 

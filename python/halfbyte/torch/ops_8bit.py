@@ -156,7 +156,7 @@ def _linear_backward(ctx, dy: Tensor):
     if ctx.needs_input_grad[0]:
         dx = torch.ops.halfbyte.linear_8bit_grad_input(dy, codes, scale)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        dbias = dy.sum(tuple(range(dy.dim() - 1))).to(ctx.bias_dtype)
+        dbias = dy.sum_to_size(dy.shape[-1]).to(ctx.bias_dtype)
     return dx, None, None, dbias, None, None
 
 

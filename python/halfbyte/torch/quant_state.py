@@ -150,6 +150,7 @@ class QuantState:
             offset = torch.as_tensor(items["nested_offset"], dtype=torch.float32, device=device)
             state2 = cls(
                 absmax=items["nested_absmax"].to(device),
+                shape=items["absmax"].shape,
                 blocksize=items["nested_blocksize"],
                 code=items["nested_quant_map"].to(device),
                 dtype=_dtype_from_name(items.get("nested_dtype", "float32")),
