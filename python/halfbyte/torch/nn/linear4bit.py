@@ -36,6 +36,16 @@ def runs_eagerly(x: Tensor) -> bool:
     )
 
 
+def cast_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """The bias in x's dtype. The parameter itself is changed, as callers of bitsandbytes expect."""
+    if bias is None or bias.dtype == x.dtype:
+        return bias
+    if is_compiling():  # which cannot trace the change of a parameter's dtype
+        return bias.to(x.dtype)
+    bias.data = bias.data.to(x.dtype)
+    return bias
+
+
 class Linear4bit(nn.Linear):
     """y = x W^T + b with W in 4 bits. The weight is quantized when the layer is moved to its device.
 
@@ -119,7 +129,7 @@ class Linear4bit(nn.Linear):
             )
         ):
             if bias is not None and bias.dtype != x.dtype:
-                bias.data = bias.data.to(x.dtype)
+                cast_bias(bias, x)
             compute = self._compute(x)
             layout = state.quant_type, state.blocksize, state.shape, bias, compute
             if not state.nested:
@@ -136,9 +146,7 @@ class Linear4bit(nn.Linear):
                 nested_blocksize=state2.blocksize,
             )
         state = repair_quant_state(self)
-        bias = self.bias
-        if bias is not None and bias.dtype != x.dtype:
-            bias.data = bias.data.to(x.dtype)
+        bias = cast_bias(self.bias, x)
         return linear_4bit(x, self.weight, state, bias, self._compute(x))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from halfbyte import _C
 from halfbyte.torch.matmul import MatmulLtState, matmul
 from halfbyte.torch.nn.int8params import Int8Params
-from halfbyte.torch.nn.linear4bit import runs_eagerly
+from halfbyte.torch.nn.linear4bit import cast_bias, runs_eagerly
 
 # How old files named the layout of the codes; only row-major is still written, or read.
 WEIGHT_FORMATS = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
@@ -79,9 +79,7 @@ class Linear8bitLt(nn.Linear):
         state.is_training = self.training
         if getattr(weight, "CB", None) is not None:
             self.init_8bit_state()
-        bias = self.bias
-        if bias is not None and bias.dtype != x.dtype:
-            bias.data = bias.data.to(x.dtype)
+        bias = cast_bias(self.bias, x)
         if state.has_fp16_weights:
             return matmul(x, weight, state=state, bias=bias)
         codes = weight if weight.dtype == torch.int8 else state.CB
