@@ -12,9 +12,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from halfbyte.checkpoint.footprint import plan_of
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.folder import ModelFolder, open_model
-from halfbyte.memory import MemoryPlanError, available_memory, plan_of
+from halfbyte.memory import MemoryPlanError, available_memory
 from halfbyte.shim import install
 
 __all__ = ["MemoryPlanError", "load"]

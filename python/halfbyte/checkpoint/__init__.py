@@ -1,7 +1,9 @@
 """Checkpoints: quantize a model folder, look into one, verify one. Needs numpy, never torch.
 
-layers.py   which weights are quantized        run.py      one pass by tiles, atomic
-plan.py     every file and byte, beforehand    inspect.py  what is in a checkpoint
+layers.py     which weights are quantized        inspect.py    what is in a checkpoint
+plan.py       every file and byte, beforehand    verify.py     whether it is what was written
+output.py     OUT.partial, its lock, the rename  footprint.py  what a model takes in memory
+run.py        one pass by tiles
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from halfbyte.checkpoint.footprint import memory_plan
     from halfbyte.cli.main import print_json
-    from halfbyte.memory import memory_plan
 
     plan = memory_plan(args.model, args.context, args.batch)
     if args.json:
