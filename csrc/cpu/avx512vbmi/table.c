@@ -2,5 +2,5 @@
 
 void hb_table_avx512vbmi(hb_kernels *kernels)
 {
-    (void)kernels;
+    HB_SET_IO(kernels->codec, decode8, map8_decode, avx512vbmi);
 }

@@ -2,5 +2,6 @@
 
 void hb_table_neon(hb_kernels *kernels)
 {
+    HB_SET_CODEC(kernels->codec, neon);
     hb_linear8_table_neon(&kernels->linear8);
 }
