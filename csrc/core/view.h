@@ -36,12 +36,13 @@ static inline int64_t hb_view_numel(const hb_view *view)
 static inline bool hb_view_is_contiguous(const hb_view *view)
 {
     int64_t expected = 1;
+    bool in_order = true;
     for (int d = view->ndim - 1; d >= 0; d--) {
-        if (view->shape[d] == 0) return true;
-        if (view->shape[d] != 1 && view->stride[d] != expected) return false;
+        if (view->shape[d] == 0) return true; // whatever the strides of the other dimensions
+        if (view->shape[d] != 1 && view->stride[d] != expected) in_order = false;
         expected *= view->shape[d];
     }
-    return true;
+    return in_order;
 }
 
 // Copies the elements of `source` (any strides) to `target` in row-major order, keeping the dtype.

@@ -194,7 +194,7 @@ def test_consumed_capsule():
     producer = Producer(X)
     capsule = producer.capsule()
     _C.quantize_4bit(capsule)
-    with pytest.raises(BufferError, match="quantize_4bit: x, .*already consumed"):
+    with pytest.raises(BufferError, match=r"quantize_4bit: x, .*already consumed"):
         _C.quantize_4bit(capsule)
     assert producer.deleted == 1
 
@@ -348,7 +348,7 @@ def test_exchange_failure_without_exception():
     function = FromObject(lambda _object, _out: -1)
     address = ctypes.cast(function, ctypes.c_void_p)
     for table in (Table(1, 3, None, None, None, None, address, None), Table(1, 3, None, None, address)):
-        with pytest.raises(BufferError, match="quantize_4bit: x, .*failed without an exception"):
+        with pytest.raises(BufferError, match=r"quantize_4bit: x, .*failed without an exception"):
             _C.quantize_4bit(exchange_type(table)())
 
 
@@ -404,7 +404,7 @@ def test_torch_memory_that_does_not_exist():
     sparse = torch.zeros(4, 4).to_sparse()
     for bad in (fake, torch.zeros(3, device="meta"), sparse):
         with pytest.raises(
-            BufferError, match="quantize_4bit: x, expected a (dense )?tensor with memory"
+            BufferError, match=r"quantize_4bit: x, expected a (dense )?tensor with memory"
         ) as caught:
             _C.quantize_4bit(bad)
         assert "\n" not in str(caught.value)
