@@ -423,7 +423,7 @@ static void prepare(product *p, hb_context *context, const hb_tensor4 *w, hb_com
     // The largest power of two that divides both.
     int64_t common = w->depth > 0 ? (w->depth & -w->depth) : w->blocksize;
     p->blocksize = least(common, w->blocksize);
-    if (p->blocksize < MIN_BLOCKSIZE) p->blocksize = 0;
+    if (p->blocksize < MIN_BLOCKSIZE || w->depth > INT32_MAX) p->blocksize = 0;
     p->expand = w->absmax == NULL || p->blocksize != w->blocksize;
 }
 

@@ -83,23 +83,36 @@ INLINE void transpose(__m512i *v)
     }
 }
 
-// Columns 0..depth - 1 (at most 128) of rows first.. as dword lanes, and the scales of their blocks
-// by row; rows from n_rows on are zero. The next line of each row is prefetched.
-INLINE void load_16_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, int64_t depth,
-                         __m512i *words, float scales[4][16])
+// Columns 0..depth - 1 (at most 128) of 16 rows as dword lanes. Beyond n_rows (1..16) the last row
+// is repeated. The next line of each row is prefetched.
+INLINE void load_16_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, __m512i *words)
 {
     const __mmask16 present = first_lanes(depth / 8);
-    const int64_t n_blocks = depth <= w->blocksize ? 1 : depth / w->blocksize;
-    memset(scales, 0, sizeof(float[4][16]));
+#pragma GCC unroll 16
     for (int r = 0; r < 16; r++) {
-        words[r] = _mm512_setzero_si512();
-        if (r >= n_rows) continue;
-        const uint8_t *row = w->packed + (first + r) * w->row_bytes;
-        const float *absmax = w->absmax + (first + r) * w->absmax_stride;
+        const uint8_t *row = w->packed + (r < n_rows ? r : n_rows - 1) * w->row_bytes;
         words[r] = _mm512_maskz_loadu_epi32(present, row);
         _mm_prefetch((const char *)row + 64, _MM_HINT_T0);
-        for (int64_t b = 0; b < n_blocks; b++) scales[b][r] = absmax[b];
     }
+}
+
+// Scales of block `block` of the same rows, a lane each. (linear_4bit.c leaves out rows so long
+// that offsets would not fit in 32 bits.)
+INLINE __m512 load_16_scales(const hb_matrix4 *w, int64_t n_rows, int64_t block)
+{
+    __m512i row = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    row = _mm512_min_epi32(row, _mm512_set1_epi32(n_rows < 16 ? (int)n_rows - 1 : 15));
+    __m512i offset = _mm512_mullo_epi32(row, _mm512_set1_epi32((int)w->absmax_stride));
+    return _mm512_i32gather_ps(offset, w->absmax + block, 4);
+}
+
+// w from row `row` and column `column` on; the latter a multiple of 128.
+INLINE hb_matrix4 part_of(const hb_matrix4 *w, int64_t row, int64_t column)
+{
+    hb_matrix4 part = *w;
+    part.packed += row * w->row_bytes + column / 2;
+    part.absmax += row * w->absmax_stride + column / w->blocksize;
+    return part;
 }
 
 // In the dot kernels: the line of packed codes that comes some steps later, in the order of

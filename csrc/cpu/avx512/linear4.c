@@ -15,7 +15,7 @@
 // The bfloat16 set is the same arithmetic on rounded values, for processors without vdpbf16ps.
 #include "cpu/linear4_avx512.h"
 
-enum { DOT_ROWS = 4, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128 };
+enum { DOT_ROWS = 4, DOT_UNTIL = 16, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128 };
 
 // ---- dot --------------------------------------------------------------------------------------
 
@@ -176,16 +176,19 @@ INLINE void pack_x(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int
 }
 
 // 128 columns (fewer at the end: 32 i) of up to 16 rows into 16 columns of the panel.
-INLINE void decode_16_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, int64_t depth,
-                           __m512 codebook, bool bf16, float *panel)
+INLINE void decode_16_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, __m512 codebook,
+                           bool bf16, float *panel)
 {
-    const int64_t blocksize = w->blocksize;
+    const int64_t lanes_per_block = w->blocksize / 8;
     __m512i words[16];
-    _Alignas(64) float scales[4][16];
-    load_16_rows(w, first, n_rows, depth, words, scales);
+    load_16_rows(w, n_rows, depth, words);
+    __m512 scale = load_16_scales(w, n_rows, 0);
     transpose(words);
-    for (int64_t i = 0; i * 8 < depth; i++) {
-        __m512 scale = _mm512_load_ps(scales[i * 8 / blocksize]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        if (i * 8 >= depth) break;
+        if (i > 0 && i % 4 == 0 && i % lanes_per_block == 0)
+            scale = load_16_scales(w, n_rows, i / lanes_per_block);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
             __m512i index = _mm512_srli_epi32(words[i], (unsigned)(4 * j));
@@ -199,8 +202,10 @@ INLINE void decode_16_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, i
 INLINE void decode_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, bool bf16, float *panel)
 {
     __m512 codebook = _mm512_load_ps(w->codebook);
-    for (int64_t r = 0; r < TILE_COLS; r += 16)
-        decode_16_rows(w, r, n_rows - r, depth, codebook, bf16, panel + r);
+    for (int64_t r = 0; r < n_rows; r += 16) {
+        hb_matrix4 part = part_of(w, r, 0);
+        decode_16_rows(&part, n_rows - r, depth, codebook, bf16, panel + r);
+    }
 }
 
 INLINE void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, bool bf16,
@@ -371,7 +376,7 @@ void hb_linear4_table_avx512(hb_kernels_linear4 *kernels)
 {
     hb_linear4_set set = {
         .dot_rows = DOT_ROWS,
-        .dot_until = DOT_ROWS,
+        .dot_until = DOT_UNTIL,
         .tile_rows = TILE_ROWS,
         .tile_cols = TILE_COLS,
         .panel_steps = PANEL_STEPS,

@@ -11,7 +11,7 @@
 // vdpbf16ps flushes subnormals and adds the pair's two products in an order of its own.
 #include "cpu/linear4_avx512.h"
 
-enum { DOT_ROWS = 4, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 256 };
+enum { DOT_ROWS = 4, DOT_UNTIL = 16, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 256 };
 
 // 32 words of x as bfloat16, zero beyond `depth`.
 INLINE __m512i load_x_bf16(const void *x, int64_t at, hb_dtype dtype, int64_t depth)
@@ -202,19 +202,23 @@ static void hb_linear4_pack_x_bf16_avx512bf16(const void *x, hb_dtype dtype, int
 }
 
 // 128 columns (fewer at the end: 32 i) of up to 16 rows into 16 columns of the panel.
-INLINE void decode_16_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, int64_t depth,
-                           __m512 codebook, uint16_t *panel)
+INLINE void decode_16_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, __m512 codebook,
+                           uint16_t *panel)
 {
     // Dword l of the result: words l and 16 + l.
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i interleave = _mm512_or_si512(
         _mm512_add_epi32(lanes, _mm512_set1_epi32(0x00100000)), _mm512_slli_epi32(lanes, 16));
-    _Alignas(64) float scales[4][16];
+    const int64_t lanes_per_block = w->blocksize / 8;
     __m512i words[16];
-    load_16_rows(w, first, n_rows, depth, words, scales);
+    load_16_rows(w, n_rows, depth, words);
+    __m512 scale = load_16_scales(w, n_rows, 0);
     transpose(words);
-    for (int64_t i = 0; i * 8 < depth; i++) {
-        __m512 scale = _mm512_load_ps(scales[i * 8 / w->blocksize]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        if (i * 8 >= depth) break;
+        if (i > 0 && i % 4 == 0 && i % lanes_per_block == 0)
+            scale = load_16_scales(w, n_rows, i / lanes_per_block);
 #pragma GCC unroll 4
         for (int pair = 0; pair < 4; pair++) {
             __m512i odd_index = _mm512_srli_epi32(words[i], (unsigned)(8 * pair));
@@ -232,13 +236,12 @@ static void hb_linear4_decode_rows_bf16_avx512bf16(const hb_matrix4 *w, int64_t 
 {
     __m512 codebook = _mm512_load_ps(w->codebook);
     for (int64_t k = 0; k < depth; k += HB_LINEAR4_X_GROUP) {
-        hb_matrix4 part = *w;
-        part.packed += k / 2;
-        part.absmax += k / w->blocksize;
         int64_t columns = depth - k < HB_LINEAR4_X_GROUP ? depth - k : HB_LINEAR4_X_GROUP;
-        for (int64_t r = 0; r < TILE_COLS; r += 16)
-            decode_16_rows(&part, r, n_rows - r, columns, codebook,
+        for (int64_t r = 0; r < n_rows; r += 16) {
+            hb_matrix4 part = part_of(w, r, k);
+            decode_16_rows(&part, n_rows - r, columns, codebook,
                            (uint16_t *)panel + k * TILE_COLS + 2 * r);
+        }
     }
 }
 
@@ -345,7 +348,7 @@ void hb_linear4_table_avx512bf16(hb_kernels_linear4 *kernels)
 {
     hb_linear4_set set = {
         .dot_rows = DOT_ROWS,
-        .dot_until = 2 * DOT_ROWS,
+        .dot_until = DOT_UNTIL,
         .tile_rows = TILE_ROWS,
         .tile_cols = TILE_COLS,
         .panel_steps = PANEL_STEPS,
