@@ -1,17 +1,19 @@
 // The kernel table: what each ISA folder may replace. dispatch.c fills it reference first, then
-// each better ISA overwrites what it does better. Kernels cannot fail, allocate, lock or print, take
-// every size including zero, and give the same result however the work is split.
+// each better ISA overwrites what it does better. Kernels cannot fail, allocate, lock or print,
+// take every size including zero, and give the same result however the work is split.
 #ifndef HB_CORE_KERNELS_H
 #define HB_CORE_KERNELS_H
 
 #include "core/kernels_codec.h"
 #include "core/kernels_linear4.h"
 #include "core/kernels_linear8.h"
+#include "core/kernels_optim.h"
 
 typedef struct {
     hb_kernels_codec codec;     // quantize / dequantize
     hb_kernels_linear4 linear4; // matrix products with 4-bit weights
     hb_kernels_linear8 linear8; // matrix products with int8 weights
+    hb_kernels_optim optim;     // steps of the optimizers
 } hb_kernels;
 
 // Fills the table for a subset of the machine's flags (hb_cpu_detect()).

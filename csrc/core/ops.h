@@ -1,10 +1,11 @@
-// The operations of halfbyte, for the bindings and for C callers. Each validates its arguments once,
-// chooses the kernels, splits the work over the pool and returns a status; none touches Python.
+// The operations of halfbyte, for the bindings and for C callers. Each validates its arguments
+// once, chooses the kernels, splits the work over the pool and returns a status; none touches
+// Python.
 //
 // x, y, dx, dy are views with any strides. Flat arrays (codes, absmax, ...) are contiguous.
-// bitsandbytes layout: codes of the row-major flattened tensor, two per byte, even index in the high
-// nibble; block b covers elements [b*blocksize, (b+1)*blocksize), across row ends where depth is no
-// multiple of blocksize; the last block may be shorter.
+// bitsandbytes layout: codes of the row-major flattened tensor, two per byte, even index in the
+// high nibble; block b covers elements [b*blocksize, (b+1)*blocksize), across row ends where depth
+// is no multiple of blocksize; the last block may be shorter.
 #ifndef HB_CORE_OPS_H
 #define HB_CORE_OPS_H
 
@@ -79,8 +80,15 @@ hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, cons
 
 // ---- 8-bit block-wise with a 256-entry map (ops_8bit.c) ---------------------------------------
 
-typedef enum { HB_MAP_DYNAMIC, HB_MAP_DYNAMIC_UNSIGNED, HB_MAP_LINEAR, HB_MAP_FP8_E4M3, HB_MAP_FP8_E5M2,
-               HB_MAP_NORMAL, HB_MAP8_COUNT } hb_map8;
+typedef enum {
+    HB_MAP_DYNAMIC,
+    HB_MAP_DYNAMIC_UNSIGNED,
+    HB_MAP_LINEAR,
+    HB_MAP_FP8_E4M3,
+    HB_MAP_FP8_E5M2,
+    HB_MAP_NORMAL,
+    HB_MAP8_COUNT
+} hb_map8;
 // Fills map[256] (ascending).
 void hb_map8_fill(hb_map8 which, float *map);
 int hb_map8_from_name(const char *name); // -1 when unknown
@@ -97,8 +105,8 @@ hb_status hb_dequantize_8bit(hb_context *context, const uint8_t *codes, const fl
 
 // x [rows, depth] (leading dimensions are flattened). codes = rint(x * 127/absmax) (half to even),
 // scale[row] = absmax. threshold > 0: elements with |x| >= threshold take no part in absmax and are
-// stored as 0; outlier_columns [depth] bool marks their columns, and when there is more than one row
-// whole columns are stored as 0. outlier_columns may be NULL when threshold is 0.
+// stored as 0; outlier_columns [depth] bool marks their columns, and when there is more than one
+// row whole columns are stored as 0. outlier_columns may be NULL when threshold is 0.
 hb_status hb_quantize_rows_int8(hb_context *context, const hb_view *x, float threshold,
                                 int8_t *codes, float *scale, uint8_t *outlier_columns,
                                 hb_error *error);
@@ -120,5 +128,39 @@ hb_status hb_linear_8bit(hb_context *context, const hb_view *x, const int8_t *co
 hb_status hb_linear_8bit_grad_input(hb_context *context, const hb_view *dy, const int8_t *codes,
                                     const float *scale, int64_t rows, int64_t depth,
                                     const hb_view *dx, hb_error *error);
+
+// ---- optimizer steps (ops_optim.c) ------------------------------------------------------------
+
+enum { HB_OPTIM_BLOCKSIZE = 256 }; // of 8-bit states, as bitsandbytes stores them
+
+// One parameter tensor and its states, all contiguous, n elements each. States are float32, or
+// uint8 codes of the maps given to hb_optimizer_step with one float32 scale per 256 elements.
+// AdEMAMix's first state is [2, n] (fast, slow), its absmax1 [2, ceil(n / 256)].
+typedef struct {
+    void *p;
+    const void *g;
+    hb_dtype p_dtype, g_dtype; // float32, bfloat16 or float16 each
+    int64_t n;
+    bool state_is_8bit;
+    void *state1, *state2;    // state2: Adam and AdEMAMix
+    float *absmax1, *absmax2; // 8-bit only
+    float *unorm;             // [1]: receives the norm of the update squared; NULL without a limit
+    int64_t step;             // 1 in the first call
+} hb_optim_tensor;
+
+typedef struct {
+    double lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale;
+    double max_unorm; // > 0: the update's norm is limited to max_unorm * the parameter's norm
+    bool skip_zeros;  // leave elements whose gradient is zero untouched
+} hb_optim_settings;
+
+// One step for every tensor of the list, in one parallel loop. map1 (signed) and map2 [256] are
+// needed when some state is 8-bit. With 8-bit states an element whose gradient is not finite is
+// left alone and its states are set to zero; with float32 states NaN and infinity propagate. Weight
+// decay is decoupled (AdamW) for Adam, AdEMAMix and Lion, and added to the gradient for the others.
+hb_status hb_optimizer_step(hb_context *context, hb_optimizer optimizer,
+                            const hb_optim_tensor *tensors, int64_t count,
+                            const hb_optim_settings *settings, const float *map1, const float *map2,
+                            hb_error *error);
 
 #endif

@@ -64,13 +64,12 @@ static void quantize_chunks(void *arg, int64_t begin, int64_t end, int lane)
     }
 }
 
-// The map must be finite and ascending: otherwise "nearest" has no search.
-static hb_status check_map(hb_error *error, const char *function, const float *map, bool ascending)
+hb_status hb_check_map8(hb_error *error, const char *function, const float *map)
 {
     for (int i = 0; i < 256; i++) {
         HB_CHECK(error, map[i] - map[i] == 0.0f, HB_ERR_VALUE,
                  "%s: map[%d] is %g, expected a finite number", function, i, (double)map[i]);
-        HB_CHECK(error, !ascending || i == 0 || map[i - 1] <= map[i], HB_ERR_VALUE,
+        HB_CHECK(error, i == 0 || map[i - 1] <= map[i], HB_ERR_VALUE,
                  "%s: map[%d] is %g after %g, expected ascending values", function, i,
                  (double)map[i], (double)map[i - 1]);
     }
@@ -83,7 +82,7 @@ hb_status hb_quantize_8bit(hb_context *context, const hb_view *x, const float *m
     HB_TRY(hb_check_view(error, "quantize_8bit", "x", x, false));
     HB_CHECK(error, blocksize >= 1, HB_ERR_VALUE,
              "quantize_8bit: blocksize is %lld, expected at least 1", (long long)blocksize);
-    HB_TRY(check_map(error, "quantize_8bit", map, true));
+    HB_TRY(hb_check_map8(error, "quantize_8bit", map));
     int64_t n = hb_view_numel(x);
     if (n == 0) return HB_OK;
     blocksize = hb_min_i64(blocksize, n); // the only block is as long as x: products stay in range

@@ -47,4 +47,7 @@ bool hb_wants_streaming(int64_t bytes);
 hb_status hb_check_view(hb_error *error, const char *function, const char *argument,
                         const hb_view *view, bool written);
 
+// The map of an 8-bit encoder: finite and ascending, otherwise "nearest" has no search.
+hb_status hb_check_map8(hb_error *error, const char *function, const float *map);
+
 #endif

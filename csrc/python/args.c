@@ -108,7 +108,7 @@ int hb_arg_int64(const char *function, const char *name, PyObject *value, int64_
     return 0;
 }
 
-int hb_arg_float(const char *function, const char *name, PyObject *value, float *result)
+int hb_arg_double(const char *function, const char *name, PyObject *value, double *result)
 {
     if (value == NULL) return 0;
     double wide = PyFloat_AsDouble(value);
@@ -120,6 +120,14 @@ int hb_arg_float(const char *function, const char *name, PyObject *value, float 
         }
         return -1;
     }
+    *result = wide;
+    return 0;
+}
+
+int hb_arg_float(const char *function, const char *name, PyObject *value, float *result)
+{
+    double wide = (double)*result;
+    if (hb_arg_double(function, name, value, &wide) < 0) return -1;
     *result = (float)wide;
     return 0;
 }

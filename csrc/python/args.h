@@ -29,6 +29,7 @@ static inline bool hb_given(PyObject *value)
 
 // Each leaves *result alone when `value` is NULL (not given). 0, or -1 with an exception set.
 int hb_arg_int64(const char *function, const char *name, PyObject *value, int64_t *result);
+int hb_arg_double(const char *function, const char *name, PyObject *value, double *result);
 int hb_arg_float(const char *function, const char *name, PyObject *value, float *result);
 int hb_arg_bool(const char *function, const char *name, PyObject *value, bool *result);
 // "nf4" | "fp4".

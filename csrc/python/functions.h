@@ -10,5 +10,6 @@
 extern PyMethodDef hb_functions_4bit[];
 extern PyMethodDef hb_functions_8bit[];
 extern PyMethodDef hb_functions_info[];
+extern PyMethodDef hb_functions_optim[];
 
 #endif

@@ -11,6 +11,7 @@ Errors: TypeError (wrong type or dtype), ValueError (value or shape), BufferErro
 consumed capsule), MemoryError. Each names function, argument, expected and got.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, final
 
 _Array = Any
@@ -384,6 +385,30 @@ def linear_8bit(
 def linear_8bit_grad_input(
     dy: _Array, codes: _Array, scale: _Array, /, *, out: _Array | None = None
 ) -> _Array: ...
+def optimizer_step(
+    optimizer: Literal["adam", "ademamix", "momentum", "lion", "rmsprop", "adagrad"],
+    tensors: Iterable[tuple[Any, ...]],
+    /,
+    *,
+    lr: float,
+    beta1: float = 0.0,
+    beta2: float = 0.0,
+    beta3: float = 0.0,
+    alpha: float = 0.0,
+    eps: float = 0.0,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    max_unorm: float = 0.0,
+    skip_zeros: bool = False,
+    map1: str | _Array | None = None,
+    map2: str | _Array | None = None,
+) -> None:
+    """One step, in place, for every (p, g, state1, state2, absmax1, absmax2, unorm, step) of `tensors`.
+
+    p and g are float32, bfloat16 or float16, contiguous; states are float32, or uint8 with one float32
+    scale per 256 elements. AdEMAMix's state1 is [2, *shape] (fast, slow). step counts from 1.
+    """
+
 def codebook(quant_type: _QuantType, /) -> _Array:
     """float32 numpy [16]."""
 

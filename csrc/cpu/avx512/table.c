@@ -5,4 +5,5 @@ void hb_table_avx512(hb_kernels *kernels)
     HB_SET_CODEC(kernels->codec, avx512);
     hb_linear4_table_avx512(&kernels->linear4);
     hb_linear8_table_avx512(&kernels->linear8);
+    hb_optim_table_avx512(&kernels->optim);
 }

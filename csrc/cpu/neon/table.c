@@ -4,4 +4,5 @@ void hb_table_neon(hb_kernels *kernels)
 {
     HB_SET_CODEC(kernels->codec, neon);
     hb_linear8_table_neon(&kernels->linear8);
+    hb_optim_table_neon(&kernels->optim);
 }

@@ -1,0 +1,73 @@
+// Kernels of the optimizers: one step on n float32 elements.
+//
+// p and the states are read and written in place, g is read. Nothing aliases. The scalars are
+// prepared once per tensor (ops_optim.c) in float64 and rounded to float32. Every ISA runs the same
+// source (cpu/optim_loops.h), each operation rounded to float32 without contraction, so that all
+// give the same bits.
+#ifndef HB_CORE_KERNELS_OPTIM_H
+#define HB_CORE_KERNELS_OPTIM_H
+
+#include "core/dtype.h"
+
+// g' = gnorm_scale * g + coupled_decay * p;  p' = keep * p  (keep = 1 - lr * weight_decay)
+//
+//   adam      m = b1 m + (1-b1) g', v = b2 v + (1-b2) g'^2
+//             p = p' - scale * lr/corr1 * m / (sqrt(v)/corr2 + eps)
+//   ademamix  m, v as above, slow = b3 slow + (1-b3) g'
+//             p = p' - lr * (m/corr1 + alpha * slow) / (sqrt(v)/corr2 + eps)
+//   momentum  m = b1 m + g' (m = g' in the first step); p = p - scale * lr * m
+//   lion      p = p' - scale * lr * sign(b1 m + (1-b1) g'); m = b2 m + (1-b2) g'
+//   rmsprop   m = b1 m + (1-b1) g'^2; p = p - scale * lr * g' / (sqrt(m) + eps)
+//   adagrad   m = m + g'^2;           p = p - lr * g' / (sqrt(m) + eps)
+//
+// with corr1 = 1 - b1^t, corr2 = sqrt(1 - b2^t).
+typedef struct {
+    float gnorm_scale, coupled_decay, keep;
+    float beta1, beta1_rest, beta2, beta2_rest, beta3, beta3_rest; // rest: 1 - beta
+    float alpha, eps, lr;
+    float step_size;            // lr / corr1
+    float inv_corr1, inv_corr2; // 1 / corr1, 1 / corr2
+    float scale;                // of the update, from max_unorm; 1 without
+    bool first;                 // step 1
+} hb_optim_scalars;
+
+// m: first state; slow: AdEMAMix's slow momentum, else unused; v: second state or unused.
+typedef void hb_optim_fn(float *p, const float *g, float *m, float *slow, float *v, int64_t n,
+                         const hb_optim_scalars *s);
+// Sum over the elements of the square of the update that the step would make before lr, scale and
+// weight decay (the norm that LAMB and LARS limit), in float64; states are not written.
+typedef double hb_optim_norm_fn(const float *p, const float *g, const float *m, const float *v,
+                                int64_t n, const hb_optim_scalars *s);
+// out[i] = x[i] widened / rounded once.
+typedef void hb_widen_fn(const void *x, int64_t n, float *out);
+typedef void hb_narrow_fn(const float *x, int64_t n, void *out);
+
+// Codes of an ascending map whose values are negative below code `zero`: a code moves by one where
+// the sign of its value is not that of x[i].
+typedef void hb_keep_sign_fn(const float *x, int64_t n, int zero, uint8_t *codes);
+
+typedef enum {
+    HB_ADAM = 0,
+    HB_ADEMAMIX,
+    HB_MOMENTUM,
+    HB_LION,
+    HB_RMSPROP,
+    HB_ADAGRAD,
+    HB_OPTIMIZER_COUNT
+} hb_optimizer;
+
+typedef struct {
+    hb_optim_fn *step[HB_OPTIMIZER_COUNT];
+    hb_optim_norm_fn *norm[HB_OPTIMIZER_COUNT]; // NULL: the optimizer has no norm limit
+    hb_keep_sign_fn *keep_sign;
+    hb_widen_fn *widen[HB_IO_COUNT];
+    hb_narrow_fn *narrow[HB_IO_COUNT];
+} hb_kernels_optim;
+
+// One per ISA folder, in optim.c.
+void hb_optim_table_ref(hb_kernels_optim *kernels);
+void hb_optim_table_avx2(hb_kernels_optim *kernels);
+void hb_optim_table_avx512(hb_kernels_optim *kernels);
+void hb_optim_table_neon(hb_kernels_optim *kernels);
+
+#endif

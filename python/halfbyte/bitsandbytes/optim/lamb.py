@@ -1,0 +1,7 @@
+"""LAMB."""
+
+from ._named import named
+
+LAMB = named("LAMB", __name__)
+LAMB8bit = named("LAMB8bit", __name__)
+LAMB32bit = named("LAMB32bit", __name__)

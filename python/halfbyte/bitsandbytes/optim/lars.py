@@ -1,0 +1,8 @@
+"""LARS."""
+
+from ._named import named
+
+LARS = named("LARS", __name__)
+LARS8bit = named("LARS8bit", __name__)
+LARS32bit = named("LARS32bit", __name__)
+PytorchLARS = named("PytorchLARS", __name__)

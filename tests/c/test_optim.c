@@ -1,0 +1,147 @@
+// Optimizer loops: every ISA gives the reference's bits, in place, to the last element and no
+// further.
+#include "check.h"
+
+#include <string.h>
+
+static const hb_optim_scalars scalars = {.gnorm_scale = 0.75f,
+                                         .coupled_decay = 0.01f,
+                                         .keep = 0.999f,
+                                         .beta1 = 0.9f,
+                                         .beta1_rest = 0.1f,
+                                         .beta2 = 0.999f,
+                                         .beta2_rest = 0.001f,
+                                         .beta3 = 0.9999f,
+                                         .beta3_rest = 0.0001f,
+                                         .alpha = 5.0f,
+                                         .eps = 1e-8f,
+                                         .lr = 1e-3f,
+                                         .step_size = 3e-3f,
+                                         .inv_corr1 = 2.5f,
+                                         .inv_corr2 = 12.0f,
+                                         .scale = 0.5f,
+                                         .first = false};
+
+static const char *const names[HB_OPTIMIZER_COUNT] = {"adam", "ademamix", "momentum",
+                                                      "lion", "rmsprop",  "adagrad"};
+enum { ARRAYS = 5 }; // p, g, m, slow, v
+
+static void fill(check *c, float *const *arrays, int64_t n, bool wild)
+{
+    for (int a = 0; a < ARRAYS; a++) {
+        if (wild)
+            check_fill_wild(c, arrays[a], n, true);
+        else
+            check_fill_normal(c, arrays[a], n, a == 0 ? 1.0f : 0.01f);
+    }
+    for (int64_t i = 0; i < n; i++)
+        arrays[4][i] = hb_f32_from_bits(hb_f32_bits(arrays[4][i]) & 0x7fffffffu);
+}
+
+static void check_step(check *c, int optimizer, int64_t n, bool wild, bool first)
+{
+    float *got[ARRAYS], *want[ARRAYS];
+    const size_t bytes = (size_t)n * sizeof(float);
+    for (int a = 0; a < ARRAYS; a++) {
+        got[a] = check_buffer(c, bytes, CHECK_END);
+        want[a] = check_buffer(c, bytes, CHECK_END);
+    }
+    fill(c, want, n, wild);
+    for (int a = 0; a < ARRAYS; a++)
+        if (n > 0) memcpy(got[a], want[a], bytes);
+    hb_optim_scalars s = scalars;
+    s.first = first;
+    c->reference->optim.step[optimizer](want[0], want[1], want[2], want[3], want[4], n, &s);
+    c->kernels->optim.step[optimizer](got[0], got[1], got[2], got[3], got[4], n, &s);
+    for (int a = 0; a < ARRAYS; a++)
+        for (int64_t i = 0; i < n;
+             i++) // a NaN is a NaN: which operand's payload survives is not fixed
+            if (want[a][i] != want[a][i] && got[a][i] != got[a][i]) got[a][i] = want[a][i];
+    for (int a = 0; a < ARRAYS; a++)
+        check_equal(c, got[a], want[a], bytes, "%s: array %d, n=%lld", names[optimizer], a,
+                    (long long)n);
+    check_release(c);
+}
+
+CHECK_GROUP(optim_steps)
+{
+    if (!CHECK_NEW(c, optim.step[HB_ADAM])) return;
+    static const int64_t sizes[] = {0, 1, 7, 8, 15, 16, 17, 31, 33, 255, 256, 1000};
+    for (int o = 0; o < HB_OPTIMIZER_COUNT; o++)
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+            for (int variant = 0; variant < 3; variant++) {
+                check_label(c, "%s n=%lld variant=%d", names[o], (long long)sizes[i], variant);
+                check_step(c, o, sizes[i], variant == 1, variant == 2);
+            }
+    enum { N = 1 << 16 };
+    float *arrays[ARRAYS];
+    for (int a = 0; a < ARRAYS; a++) arrays[a] = check_buffer(c, N * sizeof(float), CHECK_BEGIN);
+    fill(c, arrays, N, false);
+    CHECK_BENCH(c, b, "optimizer step adam f32", N * 28.0, 0)
+    c->kernels->optim.step[HB_ADAM](arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], N,
+                                    &scalars);
+}
+
+CHECK_GROUP(optim_norms)
+{
+    if (!CHECK_NEW(c, optim.step[HB_ADAM])) return;
+    enum { N = 1000 };
+    float *arrays[ARRAYS];
+    for (int a = 0; a < ARRAYS; a++) arrays[a] = check_buffer(c, N * sizeof(float), CHECK_END);
+    fill(c, arrays, N, false);
+    static const int limited[] = {HB_ADAM, HB_MOMENTUM};
+    for (int i = 0; i < 2; i++)
+        for (int64_t n = 0; n <= N; n += 37) {
+            double want = c->reference->optim.norm[limited[i]](arrays[0], arrays[1], arrays[2],
+                                                               arrays[4], n, &scalars);
+            double got = c->kernels->optim.norm[limited[i]](arrays[0], arrays[1], arrays[2],
+                                                            arrays[4], n, &scalars);
+            check_equal(c, &got, &want, sizeof got, "norm of %s, n=%lld", names[limited[i]],
+                        (long long)n);
+        }
+}
+
+CHECK_GROUP(optim_conversions)
+{
+    if (!CHECK_NEW(c, optim.step[HB_ADAM])) return;
+    for (int io = 0; io < HB_IO_COUNT; io++)
+        for (int64_t n = 0; n <= 67; n++) {
+            check_label(c, "%s n=%lld", hb_dtype_name((hb_dtype)io), (long long)n);
+            const size_t bytes = (size_t)n * hb_dtype_bytes((hb_dtype)io);
+            float *x = check_buffer(c, (size_t)n * sizeof *x, CHECK_END);
+            check_fill_wild(c, x, n, true);
+            void *got = check_buffer(c, bytes, CHECK_END),
+                 *want = check_buffer(c, bytes, CHECK_END);
+            c->reference->optim.narrow[io](x, n, want);
+            c->kernels->optim.narrow[io](x, n, got);
+            check_equal(c, got, want, bytes, "narrow");
+            for (int64_t i = 0; i < n; i++) hb_store_f32(got, i, (hb_dtype)io, x[i]);
+            check_equal(c, want, got, bytes, "narrow of the reference");
+            float *wide = check_buffer(c, (size_t)n * sizeof *wide, CHECK_END);
+            c->kernels->optim.widen[io](want, n, wide);
+            for (int64_t i = 0; i < n; i++) x[i] = hb_load_f32(want, i, (hb_dtype)io);
+            check_equal(c, wide, x, (size_t)n * sizeof *x, "widen");
+            check_release(c);
+        }
+}
+
+CHECK_GROUP(optim_keep_sign)
+{
+    if (!CHECK_NEW(c, optim.step[HB_ADAM])) return;
+    enum { ZERO = 127 }; // codes below stand for negative values
+    for (int64_t n = 0; n <= 300; n += 13) {
+        float *x = check_buffer(c, (size_t)n * sizeof *x, CHECK_END);
+        uint8_t *codes = check_buffer(c, (size_t)n, CHECK_END);
+        uint8_t *want = check_buffer(c, (size_t)n, CHECK_END);
+        check_fill_wild(c, x, n, true);
+        for (int64_t i = 0; i < n; i++) {
+            codes[i] = (uint8_t)(ZERO - 3 + check_random_below(c, 6));
+            want[i] = codes[i];
+            if (x[i] > 0.0f && codes[i] < ZERO) want[i]++;
+            if (x[i] < 0.0f && codes[i] >= ZERO) want[i]--;
+        }
+        c->kernels->optim.keep_sign(x, n, ZERO, codes);
+        check_equal(c, codes, want, (size_t)n, "keep_sign n=%lld", (long long)n);
+        check_release(c);
+    }
+}
