@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from halfbyte.evaluation import compare, generate, generation_speed, load_float32, token_windows
@@ -43,6 +44,20 @@ class Check:
 
     def __str__(self) -> str:
         return f"{'ok  ' if self.ok else 'FAIL'}  {self.text}: {self.value:.4g}"
+
+
+class Remembered:
+    """The original model, which reads each batch once however often it is compared."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.seen: dict[bytes, Any] = {}
+
+    def __call__(self, input_ids: Any) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in self.seen:
+            self.seen[key] = self.model(input_ids=input_ids).logits
+        return SimpleNamespace(logits=self.seen[key])
 
 
 def run(
@@ -102,7 +117,7 @@ def run(
         return row
 
     log(f"loading {model}")
-    original = load_float32(model)
+    original = Remembered(load_float32(model))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary if work is None else work)
         rows = [measure("original", model, None)]
