@@ -32,11 +32,6 @@ enum {
     PANEL_STEPS = 256,
     LANES = 8,
     CHUNK = 64,
-    ROWS1 = 1,
-    ROWS2 = 1,
-    ROWS3 = 1,
-    ROWS4 = 1,             // rows of W that share the loads of 1..4 rows of x
-    PREFETCH_BYTES = 1024, // how far dot reads ahead of itself
 };
 
 // ---- conversions ------------------------------------------------------------------------------
@@ -258,8 +253,9 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, const in
             for (int r = 0; r < rows; r++) {
                 bytes[r] = _mm256_loadu_si256((const void *)(packed[r] + at / 2));
                 scale[r] = chunk_scale(absmax[r], at, shift, false);
-                if (c == 0)
-                    _mm_prefetch((const char *)packed[r] + at / 2 + PREFETCH_BYTES, _MM_HINT_T0);
+                if (c == 0) // the rows that come next
+                    _mm_prefetch((const char *)packed[r] + at / 2 + rows * w->row_bytes,
+                                 _MM_HINT_T0);
             }
             dot_chunk(b, bytes, scale, x + at, x_stride, rows, n_x, bf16, total[c]);
         }
@@ -296,11 +292,12 @@ INLINE void dot_shift(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const 
                       const book *b, const float *x, int n_x, const bool bf16, float *y,
                       int64_t y_stride)
 {
+    // Two rows of W share the loads of x where those, from the L2 cache, would be the limit.
     switch (n_x) {
-    case 1: dot_rows(w, n_rows, depth, shift, b, x, ROWS1, 1, bf16, y, y_stride); break;
-    case 2: dot_rows(w, n_rows, depth, shift, b, x, ROWS2, 2, bf16, y, y_stride); break;
-    case 3: dot_rows(w, n_rows, depth, shift, b, x, ROWS3, 3, bf16, y, y_stride); break;
-    default: dot_rows(w, n_rows, depth, shift, b, x, ROWS4, 4, bf16, y, y_stride); break;
+    case 1: dot_rows(w, n_rows, depth, shift, b, x, 1, 1, bf16, y, y_stride); break;
+    case 2: dot_rows(w, n_rows, depth, shift, b, x, 2, 2, bf16, y, y_stride); break;
+    case 3: dot_rows(w, n_rows, depth, shift, b, x, 2, 3, bf16, y, y_stride); break;
+    default: dot_rows(w, n_rows, depth, shift, b, x, 2, 4, bf16, y, y_stride); break;
     }
 }
 
