@@ -223,7 +223,8 @@ def table(report: dict[str, Any]) -> str:
     text.insert(1, "-" * len(text[0]))
     text.insert(-1, "-" * len(text[1]))
     note = (
-        f"KL divergence from the original and change of the negative log likelihood, in nats per token, mean ± standard\n"
+        "KL divergence from the original and change of the negative log likelihood, in nats per token, "
+        "mean ± standard\n"
         f"error over windows of {report['window']} tokens; {report['predicted_tokens']:,} predicted tokens, float32 "
         f"arithmetic. bits/weight: of the\nquantized layers, scales and tables included. tok/s: reading whole windows, "
         f"and writing one text (greedy)."

@@ -167,10 +167,8 @@ def test_rebuilding_from_its_dict():
     kwargs = {k: v for k, v in old.__dict__.items() if k != "SCB"}
     kwargs["_is_hf_initialized"] = True
     new = nn.Int8Params(w, requires_grad=False, **kwargs).to("cpu")
-    assert (
-        (torch.equal(new.data, quantize_int8_weight(w)[0])
-        and new.CB is new.data)
-        or torch.equal(new.CB, new.data)
+    assert (torch.equal(new.data, quantize_int8_weight(w)[0]) and new.CB is new.data) or torch.equal(
+        new.CB, new.data
     )
     kept = nn.Int8Params(old.data, requires_grad=False, **old.__dict__).to("cpu")
     assert torch.equal(kept.CB, old.data) and torch.equal(kept.SCB, old.SCB)
