@@ -338,6 +338,14 @@ static bool is_available(int step)
     return (flags_of(step) & ~available_flags()) == 0;
 }
 
+static int best_step(void)
+{
+    int best = 0;
+    for (int step = 0; step < ISA_COUNT; step++)
+        if (is_available(step)) best = step;
+    return best;
+}
+
 // Runs the group at one step of the ladder; returns the number of failures.
 static int run_group(const check_group *group, int step, bool bench, int threads)
 {
@@ -353,7 +361,7 @@ static int run_group(const check_group *group, int step, bool bench, int threads
 #ifdef HB_SIMDE
     c.emulated = true;
 #endif
-    snprintf(where, sizeof where, "%s %s", group->name, group->each_isa ? c.isa : "-");
+    snprintf(where, sizeof where, "%s %s", group->name, group->when == CHECK_ONCE ? "-" : c.isa);
     label[0] = '\0';
     random_state = seed;
     memset(&reference, 0, sizeof reference);
@@ -417,10 +425,11 @@ int main(int argc, char **argv)
 #endif
     for (const check_group *g = groups; g != NULL; g = g->next) {
         if (only_group != NULL && strcmp(only_group, g->name) != 0) continue;
-        for (int step = 0; step < (g->each_isa ? ISA_COUNT : 1); step++) {
-            const char *isa = g->each_isa ? isa_names[step] : "-";
+        if ((g->when == CHECK_BEST && !bench) || (g->when == CHECK_ONCE && bench)) continue;
+        for (int step = 0; step < (g->when == CHECK_ONCE ? 1 : ISA_COUNT); step++) {
+            const char *isa = g->when == CHECK_ONCE ? "-" : isa_names[step];
             if (only_isa != NULL && strcmp(only_isa, isa) != 0) continue;
-            if (!is_available(step)) continue;
+            if (!is_available(step) || (g->when == CHECK_BEST && step != best_step())) continue;
             if (list)
                 printf("%s %s\n", g->name, isa);
             else

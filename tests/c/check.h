@@ -42,22 +42,24 @@ typedef void (*check_group_fn)(check *c);
 typedef struct check_group {
     const char *name;
     check_group_fn run;
-    bool each_isa; // false: once per process (threads, CPU detection)
+    enum { CHECK_EACH_ISA, CHECK_ONCE, CHECK_BEST } when;
     struct check_group *next;
 } check_group;
 
 void check_register(check_group *group);
 
-#define CHECK_REGISTER_(name, isa)                                                                 \
+#define CHECK_REGISTER_(name, when)                                                                \
     static void name##_group(check *c);                                                            \
     __attribute__((constructor)) static void name##_register(void)                                 \
     {                                                                                              \
-        static check_group group = {#name, name##_group, isa, NULL};                               \
+        static check_group group = {#name, name##_group, when, NULL};                              \
         check_register(&group);                                                                    \
     }                                                                                              \
     static void name##_group(check *c)
-#define CHECK_GROUP(name)      CHECK_REGISTER_(name, true)  // once per ISA
-#define CHECK_GROUP_ONCE(name) CHECK_REGISTER_(name, false) // once per process
+#define CHECK_GROUP(name) CHECK_REGISTER_(name, CHECK_EACH_ISA) // once per ISA
+#define CHECK_GROUP_ONCE(name)                                                                     \
+    CHECK_REGISTER_(name, CHECK_ONCE)                       // once per process (threads, detection)
+#define BENCH_GROUP(name) CHECK_REGISTER_(name, CHECK_BEST) // with --bench only, best ISA only
 
 // ---- verdicts -----------------------------------------------------------------------------------
 
