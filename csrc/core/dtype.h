@@ -33,9 +33,8 @@ static inline size_t hb_dtype_bytes(hb_dtype dtype)
 
 static inline const char *hb_dtype_name(hb_dtype dtype)
 {
-    static const char *const names[HB_DTYPE_COUNT] = {"float32", "bfloat16", "float16",
-                                                      "float64", "uint8",    "int8",
-                                                      "int32",   "int64",    "bool"};
+    static const char *const names[HB_DTYPE_COUNT] = {
+        "float32", "bfloat16", "float16", "float64", "uint8", "int8", "int32", "int64", "bool"};
     return names[dtype];
 }
 
@@ -89,10 +88,9 @@ static inline uint16_t hb_f16_from_f32(float value)
     uint32_t bits = hb_f32_bits(value);
     uint32_t sign = (bits >> 16) & 0x8000u;
     uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u)
-        return (uint16_t)(sign | 0x7e00u | ((magnitude >> 13) & 0x03ffu));
+    if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | ((magnitude >> 13) & 0x03ffu));
     if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); // >= 65520 rounds to infinity
-    if (magnitude < 0x38800000u) { // below 2^-14: adding 0.5 shifts the bits to their subnormal place
+    if (magnitude < 0x38800000u) { // below 2^-14: adding 0.5 puts the bits in their subnormal place
         float shifted = hb_f32_from_bits(magnitude) + 0.5f;
         return (uint16_t)(sign | (hb_f32_bits(shifted) - 0x3f000000u));
     }

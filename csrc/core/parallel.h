@@ -19,7 +19,8 @@ int hb_pool_threads(const hb_pool *pool);
 // Changes the number of threads used by calls that start later.
 void hb_pool_set_threads(hb_pool *pool, int threads);
 
-// Work on chunks [begin, end); `lane` in 0..threads-1 is unique among concurrent callbacks of one call.
+// Work on chunks [begin, end); `lane` in 0..threads-1 is unique among concurrent callbacks of one
+// call.
 typedef void (*hb_chunk_fn)(void *arg, int64_t begin, int64_t end, int lane);
 
 // Runs fn over chunks 0..n_chunks-1 with up to hb_pool_threads(pool) threads; nested or concurrent

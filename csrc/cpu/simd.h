@@ -1,5 +1,5 @@
-// The one place where kernels get their intrinsics. The test build defines HB_SIMDE and gets SIMDe's
-// portable versions of the same names, so that every ISA runs on every machine.
+// The one place where kernels get their intrinsics. The test build defines HB_SIMDE and gets
+// SIMDe's portable versions of the same names, so that every ISA runs on every machine.
 #ifndef HB_CPU_SIMD_H
 #define HB_CPU_SIMD_H
 

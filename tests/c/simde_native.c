@@ -1,5 +1,5 @@
-// The operations of simde/ops.h with the processor's own instructions, whatever the flags of the
-// build.
+// The operations of simde/intrinsics.def with the processor's own instructions, whatever the flags
+// of the build.
 #include "simde_ops.h"
 
 #include <stddef.h>
@@ -26,12 +26,12 @@
         (void)a, (void)b, (void)d, (void)m, (void)p;                                               \
         _mm512_storeu_si512(out, expression);                                                      \
     }
-#include "simde/ops.h"
+#include "simde/intrinsics.def"
 #undef OP
 
 static const simde_entry entries[] = {
 #define OP(name, expression) {#name, native_##name},
-#include "simde/ops.h"
+#include "simde/intrinsics.def"
 #undef OP
     {NULL, NULL}};
 const simde_entry *const simde_native_ops = entries;

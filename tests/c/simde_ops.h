@@ -1,4 +1,4 @@
-// The functions that simde/ops.h turns into; see there.
+// The functions that simde/intrinsics.def turns into; see there.
 #ifndef HB_TESTS_SIMDE_OPS_H
 #define HB_TESTS_SIMDE_OPS_H
 
@@ -13,7 +13,8 @@ typedef struct {
     simde_op run;
 } simde_entry;
 
-// The instructions themselves, in the order of simde/ops.h, or NULL where none can be compiled.
+// The instructions themselves, in the order of simde/intrinsics.def, or NULL where none can be
+// compiled.
 extern const simde_entry *const simde_native_ops;
 
 #endif

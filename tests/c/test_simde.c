@@ -32,12 +32,12 @@ REINTERPRET(SI_BH256, __m256i, __m256bh)
         r = expression;                                                                            \
         memcpy(out, &r, 64);                                                                       \
     }
-#include "simde/ops.h"
+#include "simde/intrinsics.def"
 #undef OP
 
 static const simde_entry entries[] = {
 #define OP(name, expression) {#name, emulated_##name},
-#include "simde/ops.h"
+#include "simde/intrinsics.def"
 #undef OP
 };
 

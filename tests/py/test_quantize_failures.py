@@ -397,13 +397,19 @@ def test_kill_at_any_point(tmp_path):
     halfbyte.quantize(tmp_path / "m", tmp_path / "reference", "nf4", double_quant=True)
     expected = folder_hash(tmp_path / "reference")
     out = tmp_path / "q"
+    process = start_slow(tmp_path / "m", out, delay=0.01)
+    wait_for(tmp_path / "q.partial", process)
+    began = time.monotonic()
+    process.communicate()
+    duration = time.monotonic() - began
+    shutil.rmtree(out)
     rng = random.Random(0)
     killed = 0
-    for _ in range(12):
-        process = start_slow(tmp_path / "m", out, delay=0.003)
-        if rng.random() < 0.8:
+    for i in range(12):
+        process = start_slow(tmp_path / "m", out, delay=0.01)
+        if i % 4:  # the others die while Python starts, or soon after
             wait_for(tmp_path / "q.partial", process)
-        time.sleep(rng.random() * 0.7)
+        time.sleep(rng.random() * 1.1 * duration)
         process.kill()
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
