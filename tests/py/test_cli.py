@@ -1,0 +1,281 @@
+"""The command line: verbs, exit codes, one JSON document on stdout, messages on stderr, speed of --help."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from checkpoint_model import make_llama
+
+from halfbyte.cli import main as main_module
+from halfbyte.cli.arguments import ProgressBar, size
+from halfbyte.cli.main import main
+
+VERBS = ("quantize", "inspect", "verify", "plan", "doctor", "eval", "demo", "run")
+
+
+def command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "halfbyte.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys; from halfbyte.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'torch', 'transformers', 'tqdm', 'halfbyte._C'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+
+    def seconds(*arguments):
+        best = 9.0
+        for _ in range(5):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(verb in result.stdout for verb in VERBS)
+    assert seconds("-m", "halfbyte.cli.main", "--help") - seconds("-c", "pass") < 0.15
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: halfbyte {verb}" in text
+    assert verb == "run" or "--json" in text
+
+
+def test_every_verb_has_a_module():
+    from importlib import import_module
+
+    for _, module in main_module._VERBS.values():
+        loaded = import_module(f"halfbyte.cli.{module}")
+        assert callable(loaded.add_arguments) and callable(loaded.run)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nothing"],
+        ["quantize"],
+        ["quantize", "m"],
+        ["quantize", "m", "-o", "q", "--to", "nf5"],
+        ["quantize", "m", "-o", "q", "--to", "nf4", "--threads", "0"],
+        ["quantize", "m", "-o", "q", "--to", "nf4", "--max-shard-size", "big"],
+        ["plan", "m", "--context", "-3"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error[HB-E200]: ") and "fix: halfbyte" in err
+
+
+def test_error_format(tmp_path, capsys):
+    assert main(["quantize", str(tmp_path / "none"), "-o", str(tmp_path / "q"), "--to", "nf4"]) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error[HB-E401]: '{tmp_path / 'none'}' does not exist\n"
+
+
+def test_error_as_json(tmp_path, capsys):
+    make_llama(tmp_path / "m")
+    arguments = ["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "m"), "--to", "nf4", "--json"]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["schema"] == "halfbyte.error/1" and document["exit_code"] == 2
+    assert document["error"]["code"] == "HB-E202" and document["error"]["fix"]
+    assert err.startswith("error[HB-E202]: ")
+
+
+def test_quantize_inspect_verify_plan(tmp_path):
+    make_llama(tmp_path / "m", shards=2)
+    arguments = ("quantize", tmp_path / "m", "-o", tmp_path / "q", "--to", "nf4", "--double-quant", "--json")
+    predicted = json.loads(command(*arguments, "--dry-run").stdout)
+    assert not (tmp_path / "q").exists() and predicted["dry_run"] is True
+    result = command(*arguments, "--threads", "2")
+    assert result.returncode == 0 and result.stderr == ""
+    document = json.loads(result.stdout)
+    assert document["schema"] == predicted["schema"] == "halfbyte.quantize/1"
+    bytes_of = [{e["name"]: e["bytes"] for e in d["files"]} for d in (predicted, document)]
+    assert bytes_of[0] == bytes_of[1] == {p.name: p.stat().st_size for p in (tmp_path / "q").iterdir()}
+
+    inspected = json.loads(command("inspect", tmp_path / "q", "--json").stdout)
+    assert inspected["schema"] == "halfbyte.inspect/1"
+    formats = {g["format"]: g for g in inspected["formats"]}
+    assert formats["nf4 block 64 nested"]["bytes"] == document["quantized"]["bytes"]
+    assert formats["bf16"]["bytes"] == document["dense"]["bytes"]
+    assert inspected["parameters"] == document["quantized"]["parameters"] + document["dense"]["parameters"]
+    assert "nf4 block 64 nested" in command("inspect", tmp_path / "q", "--tensors").stdout
+
+    verified = command("verify", tmp_path / "q", "--json")
+    assert verified.returncode == 0 and json.loads(verified.stdout)["ok"] is True
+    with open(tmp_path / "q" / "tokenizer.json", "a") as file:
+        file.write(" ")
+    damaged = command("verify", tmp_path / "q")
+    assert damaged.returncode == 7 and "FAIL" in damaged.stdout and "tokenizer.json" in damaged.stdout
+
+    plan = json.loads(command("plan", tmp_path / "m", "--json").stdout)
+    assert plan["schema"] == "halfbyte.plan/1"
+    weights = {route["route"]: route["weight_bytes"] for route in plan["routes"]}
+    stored = document["quantized"]["bytes"] + document["dense"]["bytes"]
+    assert weights["nf4 + double quantization"] == stored
+
+
+def test_text_output(tmp_path, capsys):
+    make_llama(tmp_path / "m")
+    assert main(["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "q"), "--to", "int8"]) == 0
+    assert "int8" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "q")]) == 0
+    assert capsys.readouterr().out.startswith("ok ")
+    assert main(["plan", str(tmp_path / "m"), "--context", "100"]) == 0
+    assert "100 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(120)
+def test_doctor(tmp_path):
+    result = command("doctor", "--json")
+    document = json.loads(result.stdout)
+    failed = [c for c in document["checks"] if c["status"] == "fail"]
+    assert document["schema"] == "halfbyte.doctor/1" and not failed and result.returncode == 0
+    assert len(document["checks"]) >= 20
+    assert result.stderr == ""
+    text = command("doctor", env=os.environ | {"HALFBYTE_CPU": "ref", "HOME": str(tmp_path)})
+    assert text.returncode == 0 and "quantize nf4" in text.stdout
+
+
+def test_doctor_reports_a_wrong_kernel(monkeypatch, capsys):
+    """A check that cannot fail is no check: each kernel is broken in turn."""
+    from halfbyte import _C, doctor, known_answers
+
+    class Broken:
+        def __init__(self, name):
+            self.name = name
+
+        def __getattr__(self, name):
+            function = getattr(_C, name)
+            if name != self.name:
+                return function
+
+            def wrong(*args, **kwargs):
+                result = function(*args, **kwargs)
+                first = (result[0] if isinstance(result, tuple) else result).copy()
+                first.reshape(-1)[-1] += 3
+                return (first, *result[1:]) if isinstance(result, tuple) else first
+
+            return wrong
+
+    kernels = """
+        quantize_4bit dequantize_4bit nest_absmax quantize_8bit dequantize_8bit quantize_rows_int8
+        linear_4bit linear_4bit_grad_input linear_8bit matmul_int8
+    """.split()  # noqa: SIM905
+    for name in kernels:
+        monkeypatch.setattr(known_answers, "_C", Broken(name))
+        assert not doctor.diagnose().ok, name
+    assert main(["doctor"]) == 3
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_run_is_the_script_itself(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, importlib.util\n"
+        "print(__name__, sys.argv, 'halfbyte' in importlib.util.find_spec('bitsandbytes').origin)\n"
+        "sys.exit(int(sys.argv[1]))"
+    )
+    result = command("run", script, "5", "--json", "-x")
+    assert result.returncode == 5
+    assert result.stdout.split() == ["__main__", f"['{script}',", "'5',", "'--json',", "'-x']", "True"]
+    script.write_text("open('/nonexistent/file')")
+    result = command("run", script)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "HB-" not in result.stderr
+    assert command("run", tmp_path / "none.py").returncode == 2
+
+
+def test_pipe_that_closes(tmp_path):
+    make_llama(tmp_path / "m", layers=60)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "halfbyte.cli.main", "inspect", tmp_path / "m", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() in (0, 141)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500M", 5 * 10**8),
+        ("2GiB", 2**31),
+        ("1.5k", 1500),
+        ("77", 77),
+        ("3 TB", 3 * 10**12),
+    ],
+)
+def test_sizes(text, expected):
+    assert size(text) == expected
+
+
+class Stream:
+    def __init__(self, terminal):
+        self.text, self.terminal = "", terminal
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return self.terminal
+
+
+def test_progress_without_a_terminal_is_lines(monkeypatch):
+    monkeypatch.setattr(ProgressBar, "SECONDS_BETWEEN_LINES", 0.0)
+    stream = Stream(False)
+    with ProgressBar("quantize", stream) as bar:
+        bar.update(50, 200, "model.layers.0.mlp.up_proj.weight")
+    assert stream.text.startswith("quantize: 25 %, 50 of 200 bytes") and stream.text.count("\n") == 1
+    assert "up_proj" in stream.text and "\r" not in stream.text
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Stream(True)
+    with ProgressBar("quantize", stream) as bar:
+        bar.update(50, 200, "tensor")
+        bar.update(200, 200, "tensor")
+    assert "\r" in stream.text and "quantize" in stream.text and "200" in stream.text
+
+
+def test_progress_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setattr(ProgressBar, "SECONDS_BETWEEN_LINES", 0.0)
+    stream = Stream(True)
+    with ProgressBar("quantize", stream) as bar:
+        bar.update(50, 200, "tensor")
+    assert stream.text == ""
