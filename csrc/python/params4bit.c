@@ -15,7 +15,7 @@ static inline hb_params4 *params4(PyObject *self)
 
 static inline bool is_nested(const hb_tensor4 *tensor)
 {
-    return tensor->absmax_codes != NULL;
+    return tensor->nested_map != NULL; // the codes of an empty tensor may be NULL
 }
 
 static int64_t n_blocks_of(const hb_tensor4 *tensor)

@@ -98,7 +98,7 @@ static int check_tensor_overlap(const char *function, const hb_array *out, const
     if (hb_check_overlap_bytes(function, "out", out, "packed", tensor->packed,
                                hb_packed_bytes(tensor->numel)) < 0)
         return -1;
-    if (tensor->absmax_codes == NULL)
+    if (tensor->nested_map == NULL)
         return hb_check_overlap_bytes(function, "out", out, "absmax", tensor->absmax, n_blocks * 4);
     const int64_t n_nested = hb_ceil_div(n_blocks, tensor->nested_blocksize);
     if (hb_check_overlap_bytes(function, "out", out, "absmax", tensor->absmax_codes, n_blocks) <
