@@ -6,15 +6,19 @@
 // The rule itself, in float64: the nearest entry to v, the even index where v is the float32
 // midpoint of two; of equal entries the first for v up to theirs, the last for v above. NaN has
 // code 0.
-static uint8_t plain_encode(const float *map, float v)
+static bool passes(const float *map, int i, float v)
 {
-    int code = 0;
+    float middle = (map[i] + map[i + 1]) * 0.5f;
+    return i % 2 == 0 || map[i] == map[i + 1] ? v > middle : v >= middle;
+}
+
+// Walks to the code of v from that of a value near by.
+static uint8_t plain_encode(const float *map, float v, uint8_t near)
+{
+    int code = near;
     if (isnan(v)) return 0;
-    for (int i = 0; i < 255; i++) {
-        float middle = (map[i] + map[i + 1]) * 0.5f;
-        bool passes = i % 2 == 0 || map[i] == map[i + 1] ? v > middle : v >= middle;
-        if (passes) code = i + 1;
-    }
+    while (code < 255 && passes(map, code, v)) code++;
+    while (code > 0 && !passes(map, code - 1, v)) code--;
     return (uint8_t)code;
 }
 
@@ -103,7 +107,7 @@ CHECK_GROUP(codec8_encode)
                 uint8_t *want = check_buffer(c, (size_t)n, CHECK_END);
                 uint8_t *got = check_buffer(c, (size_t)n, CHECK_END);
                 for (int64_t i = 0; i < n; i++)
-                    want[i] = plain_encode(map, x.values[i] * (1.0f / absmax[i / blocksize]));
+                    want[i] = plain_encode(map, x.values[i] * (1.0f / absmax[i / blocksize]), 128);
                 c->kernels->codec.encode8[io](x.data, n, &search, blocksize, absmax, got);
                 check_equal(c, got, want, (size_t)n, "map8 encode %s n=%lld blocksize=%lld",
                             hb_dtype_name(io), (long long)n, (long long)blocksize);
@@ -132,35 +136,69 @@ CHECK_GROUP(codec8_encode)
     }
 }
 
-// v = x with absmax 1: the neighbours of every threshold, every exponent, or all of float32.
+// v = x with absmax 1: the neighbours of every threshold, every exponent, or all of float32; all of
+// the 16-bit dtypes.
 CHECK_GROUP(codec8_every_value)
 {
-    enum { SLICE = 1 << 14 };
-    if (!CHECK_NEW(c, codec.encode8[HB_F32])) return;
-    for (int which = 0; which <= HB_MAP8_COUNT; which++) {
+    enum { SLICE = 1 << 16 };
+    for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
+        if (!CHECK_NEW(c, codec.encode8[io])) continue;
         float *values = check_buffer(c, SLICE * 4, CHECK_END);
+        void *data = check_buffer(c, SLICE * hb_dtype_bytes(io), CHECK_END);
         uint8_t *want = check_buffer(c, SLICE, CHECK_END);
         uint8_t *got = check_buffer(c, SLICE, CHECK_END);
-        float map[256];
-        const float one = 1.0f;
-        hb_search8 search;
-        some_map(c, which, map);
-        hb_search8_init(&search, map);
-        int64_t n = 0;
-        for (int t = 0; t < 255; t++)
-            for (int ulp = -3; ulp <= 3; ulp++)
-                values[n++] = codec_neighbour(search.threshold[t], ulp);
+        for (int which = 0; which <= HB_MAP8_COUNT; which++) {
+            float map[256];
+            const float one = 1.0f;
+            hb_search8 search;
+            some_map(c, which, map);
+            hb_search8_init(&search, map);
+            int64_t n = 0;
+            if (io != HB_F32) {
+                for (; n < SLICE; n++) ((uint16_t *)data)[n] = (uint16_t)n;
+                for (int64_t i = 0; i < n; i++) values[i] = hb_load_f32(data, i, io);
+            } else {
+                for (int t = 0; t < 255; t++)
+                    for (int ulp = -3; ulp <= 3; ulp++)
+                        values[n++] = codec_neighbour(search.threshold[t], ulp);
+            }
+            codec_all_floats walk = codec_all_floats_begin(c);
+            do {
+                if (io == HB_F32) memcpy(data, values, (size_t)n * 4);
+                for (int64_t i = 0; i < n; i++)
+                    want[i] = plain_encode(map, values[i], i > 0 ? want[i - 1] : 128);
+                c->kernels->codec.encode8[io](data, n, &search, INT64_MAX, &one, got);
+                if (!check_equal(c, got, want, (size_t)n, "map8 encode %s of all values, map %d",
+                                 hb_dtype_name(io), which))
+                    return;
+                n = io == HB_F32 ? codec_all_floats_next(&walk, values, SLICE) : 0;
+            } while (n > 0);
+        }
+        check_release(c);
+    }
+}
+
+// Every scale: with the entry 1 the output is the scale itself, rounded to the dtype of the output.
+CHECK_GROUP(codec8_every_scale)
+{
+    enum { SLICE = 1 << 14 };
+    static const float map[256] = {1.0f, -1.0f};
+    for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
+        if (!CHECK_NEW(c, codec.decode8[io])) continue;
+        float *absmax = check_buffer(c, SLICE * 4, CHECK_END);
+        uint8_t *codes = check_buffer(c, SLICE, CHECK_END);
+        void *want = check_buffer(c, SLICE * 4, CHECK_BEGIN);
+        void *got = check_buffer(c, SLICE * 4, CHECK_BEGIN);
+        for (int i = 0; i < SLICE; i++) codes[i] = (uint8_t)(i % 2);
         codec_all_floats walk = codec_all_floats_begin(c);
-        if (which > 1) walk.step *= 64; // the exhaustive run is for the two maps of the optimizers
-        walk.step *= 4;
-        walk.step += walk.step % 2 == 0;
-        do {
-            for (int64_t i = 0; i < n; i++) want[i] = plain_encode(map, values[i]);
-            c->kernels->codec.encode8[HB_F32](values, n, &search, INT64_MAX, &one, got);
-            if (!check_equal(c, got, want, (size_t)n, "map8 encode of all values, map %d", which))
+        for (int64_t n; (n = codec_all_floats_next(&walk, absmax, SLICE)) > 0;) {
+            for (int64_t i = 0; i < n; i++) codec_store(want, i, io, map[i % 2] * absmax[i]);
+            c->kernels->codec.decode8[io](codes, n, map, 1, absmax, got, false);
+            codec_settle_nan(got, n, io);
+            if (!check_equal(c, got, want, (size_t)n * hb_dtype_bytes(io),
+                             "map8 decode %s of all scales", hb_dtype_name(io)))
                 return;
-            n = codec_all_floats_next(&walk, values, SLICE);
-        } while (n > 0);
+        }
         check_release(c);
     }
 }

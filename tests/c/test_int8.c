@@ -91,6 +91,39 @@ CHECK_GROUP(int8_encode)
     }
 }
 
+// v = x with absmax 127: the neighbours of every half, and all of the dtype.
+CHECK_GROUP(int8_every_value)
+{
+    enum { SLICE = 1 << 16 };
+    for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
+        if (!CHECK_NEW(c, codec.encode_int8[io])) continue;
+        float *values = check_buffer(c, SLICE * 4, CHECK_END);
+        void *data = check_buffer(c, SLICE * hb_dtype_bytes(io), CHECK_END);
+        int8_t *want = check_buffer(c, SLICE, CHECK_END);
+        int8_t *got = check_buffer(c, SLICE, CHECK_END);
+        int64_t n = 0;
+        if (io != HB_F32) {
+            for (; n < SLICE; n++) ((uint16_t *)data)[n] = (uint16_t)n;
+            for (int64_t i = 0; i < n; i++) values[i] = hb_load_f32(data, i, io);
+        } else {
+            for (int half = -256; half <= 256; half++)
+                for (int ulp = -3; ulp <= 3; ulp++)
+                    values[n++] = codec_neighbour((float)half / 2, ulp);
+        }
+        codec_all_floats walk = codec_all_floats_begin(c);
+        do {
+            if (io == HB_F32) memcpy(data, values, (size_t)n * 4);
+            for (int64_t i = 0; i < n; i++) want[i] = plain_encode(values[i], 127.0f, NAN, false);
+            c->kernels->codec.encode_int8[io](data, n, 127.0f, NAN, NULL, got);
+            if (!check_equal(c, got, want, (size_t)n, "int8 encode %s of all values",
+                             hb_dtype_name(io)))
+                return;
+            n = io == HB_F32 ? codec_all_floats_next(&walk, values, SLICE) : 0;
+        } while (n > 0);
+        check_release(c);
+    }
+}
+
 CHECK_GROUP(int8_decode)
 {
     for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
