@@ -10,7 +10,7 @@ import importlib.metadata
 import runpy
 import sys
 from collections.abc import Iterable, Iterator
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -98,7 +98,7 @@ def install(scales: Literal["absmax", "search"] = "absmax") -> None:
     if finder is not None:
         finder.scales = scales
         return
-    if "transformers" in sys.modules and _real_spec() is None:
+    if "transformers" in sys.modules and not any(_finds(finder) for finder in sys.meta_path):
         raise RuntimeError(
             "install: transformers is imported already and remembers that there is no bitsandbytes; "
             "call halfbyte.install() before importing transformers"
@@ -106,8 +106,8 @@ def install(scales: Literal["absmax", "search"] = "absmax") -> None:
     sys.meta_path.insert(0, _Finder(scales))
 
 
-def _real_spec() -> ModuleSpec | None:
-    return PathFinder.find_spec(NAME)
+def _finds(finder: Any) -> bool:
+    return hasattr(finder, "find_spec") and finder.find_spec(NAME, None) is not None
 
 
 def uninstall() -> None:

@@ -35,6 +35,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "adam":
+        return importlib.import_module(".optim.adam", __name__)
     if name in ("optim", "cuda_specs", "backends", "diagnostics", "research"):
         try:
             return importlib.import_module(f".{name}", __name__)
