@@ -2,6 +2,7 @@
 //   --list                 groups and ISAs that this binary can run here
 //   --group=NAME --isa=NAME restrict (default: all); exit status 77 when the ISA is not available
 //   --bench[=PART]         benchmarks whose name contains PART, as a table
+//   --bench-ms=N           time spent on each (default 200), five samples at least
 //   --json=FILE            their results also as JSON lines
 //   --threads=N --seed=N
 #include "check.h"
@@ -238,7 +239,8 @@ void check_convert(float *data, void *out, int64_t n, hb_dtype dtype)
 // ---- benchmarks ---------------------------------------------------------------------------------
 
 enum { MAX_SAMPLES = 2000 };
-static const double BENCH_NS = 2e8, SAMPLE_NS = 2e5;
+static const double SAMPLE_NS = 2e5;
+static double bench_ns = 2e8; // measuring time per benchmark
 
 double check_now_ns(void)
 {
@@ -299,7 +301,7 @@ bool check_bench_next(check_bench *b)
         b->samples[b->n_samples++] = (now - b->started_ns) / b->repeat;
         double sum = 0;
         for (int i = 0; i < b->n_samples; i++) sum += b->samples[i] * b->repeat;
-        if (b->n_samples == MAX_SAMPLES || (sum > BENCH_NS && b->n_samples >= 5)) {
+        if (b->n_samples == MAX_SAMPLES || (sum > bench_ns && b->n_samples >= 5)) {
             bench_end(b);
             return false;
         }
@@ -403,6 +405,8 @@ int main(int argc, char **argv)
         else if ((value = option(argv[i], "--bench"))) {
             bench = true;
             bench_filter = value;
+        } else if ((value = option(argv[i], "--bench-ms"))) {
+            bench_ns = atof(value) * 1e6;
         } else if ((value = option(argv[i], "--json"))) {
             json = fopen(value, "w");
             if (json == NULL) die("cannot write the JSON file");
