@@ -24,8 +24,9 @@ OP ?=
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
-C_SOURCES := $(shell find csrc cuda -name '*.[ch]' -o -name '*.def' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-C_TESTS := $(shell find tests/c -name '*.[ch]' 2>/dev/null)
+C_SOURCES := $(shell find csrc cuda -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+C_TABLES := $(shell find csrc -name '*.def')
+C_TESTS := $(shell find tests/c benchmarks -name '*.[ch]' 2>/dev/null)
 # Tests need no network, and must not look for any.
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
@@ -68,7 +69,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.packages
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py $(C_SOURCES)
+$(VENV)/.built: $(VENV)/.installed setup.py $(C_SOURCES) $(C_TABLES)
 	@$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
