@@ -70,7 +70,10 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         siblings = [i for i in item.session.items if i.nodeid.split("::")[0] == module]
         results[module] = dict(_run_child(siblings))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in results[module].get(item.nodeid) or [_missing(item, results[module][""])]:
+    reports = results[module].get(item.nodeid, [])
+    if not any(report.when == "teardown" for report in reports):  # it began at most
+        reports = [*reports, _missing(item, results[module][""])]
+    for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
@@ -119,6 +122,6 @@ def _missing(item: pytest.Item, said: str) -> pytest.TestReport:
         location=item.location,
         keywords={},
         outcome="failed",
-        longrepr=f"the child process that ran this module gave no report of this test: {said}",
+        longrepr=f"the child process that ran this module did not finish this test: {said}",
         when="call",
     )
