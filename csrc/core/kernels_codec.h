@@ -10,6 +10,32 @@
 
 #include "core/formats.h"
 
+// A short way to the code, for maps like the dynamic ones: symmetric about code `zero` (or without
+// negative entries), and the magnitudes fall into eight ranges, in each of which the thresholds are
+// evenly spaced. With a = min(|v|, 1) (without negative entries max(v, 0) for |v|) and
+// d = #{k < 7: a > border[k]},
+//
+//   q = min(trunc(slope[d] * a + offset[d]), cap[d]),   code = zero +- floor(q / HB_LADDER_UNIT)
+//
+// unless q mod HB_LADDER_UNIT is 0 or HB_LADDER_UNIT - 1: so near to a threshold (and for NaN)
+// only a search decides. Negative codes saturate at 0. hb_ladder8_guess(a) is d or d - 1.
+enum { HB_LADDER_SHIFT = 12, HB_LADDER_UNIT = 1 << HB_LADDER_SHIFT };
+typedef struct {
+    bool fits; // otherwise there is only the search
+    bool is_signed;
+    int32_t zero;
+    float border[8]; // [7] is +inf
+    float slope[8], offset[8];
+    int32_t cap[8];
+} hb_ladder8;
+// The range of a <= 1, by a straight line in place of the logarithm: RATE / 2^16 is log10(2) / 2^7.
+enum { HB_LADDER_FLOOR = 13546, HB_LADDER_RATE = 154 };
+static inline unsigned hb_ladder8_guess(float a)
+{
+    unsigned high = hb_f32_bits(a) >> 16;
+    return (high > HB_LADDER_FLOOR ? high - HB_LADDER_FLOOR : 0) * HB_LADDER_RATE >> 16;
+}
+
 // What an 8-bit encoder needs of a map: the code of v is #{i < 255: v > threshold[i]}, ascending.
 // [255] is +inf, so that 16 lanes can be filled. `tree` holds the same thresholds as a search tree:
 // from node k (root 1; [0] is unused) v > tree[k] leads to 2k + 1, otherwise to 2k; code = leaf -
@@ -17,6 +43,7 @@
 typedef struct {
     float threshold[256];
     float tree[256];
+    hb_ladder8 ladder;
 } hb_search8;
 // map: 256 finite ascending values.
 void hb_search8_init(hb_search8 *search, const float *map);

@@ -106,6 +106,89 @@ static float float_below(float value)
     return hb_f32_from_bits(bits & 0x80000000u ? bits + 1 : bits - 1);
 }
 
+// a > magnitude_threshold(c) is the passage from code zero + c - 1 to zero + c.
+static float magnitude_threshold(const hb_search8 *search, int zero, int c)
+{
+    return search->threshold[zero + c - 1];
+}
+
+// The same for the negative codes: a > it is the passage from code zero - c + 1 to zero - c. For
+// v = -a: not v > t, a >= -t.
+static float mirrored_threshold(const hb_search8 *search, int zero, int c)
+{
+    return float_below(-search->threshold[zero - c]);
+}
+
+// The line of range d, whose thresholds first + 1 .. end - 1 lie inside and first, end are borders.
+static void fit_range(hb_ladder8 *ladder, const hb_search8 *search, int d, int first, int end)
+{
+    const double unit = HB_LADDER_UNIT;
+    const double low = d > 0 ? (double)ladder->border[d - 1] : 0.0;
+    ladder->slope[d] = 0.0f;
+    ladder->offset[d] = (float)((first + 0.5) * unit);
+    ladder->cap[d] = (int32_t)((end - 0.5) * unit);
+    if (end - first < 2) return;
+    const double from = magnitude_threshold(search, ladder->zero, first + 1);
+    const double to = magnitude_threshold(search, ladder->zero, end - 1);
+    // A single threshold leaves the slope open: half a code down to the border.
+    const double slope = end - first > 2 ? (end - first - 2) / (to - from) : 0.5 / (from - low);
+    ladder->slope[d] = (float)(slope * unit);
+    ladder->offset[d] = (float)((first + 1) * unit - (double)ladder->slope[d] * from);
+}
+
+// Whether the line of range d is within `tolerance` of threshold c at t.
+static bool line_meets(const hb_ladder8 *ladder, int d, float t, int c, double tolerance)
+{
+    double q = (double)ladder->slope[d] * (double)t + (double)ladder->offset[d];
+    return q - c * (double)HB_LADDER_UNIT <= tolerance &&
+           c * (double)HB_LADDER_UNIT - q <= tolerance;
+}
+
+// Sets the ladder and proves it for this map, or leaves fits = false.
+//
+// Why the code is exact then: slope * a + offset, rounded or not, is monotone in a, so that between
+// two neighbouring thresholds, where it is within half a unit of q = c * UNIT and (c + 1) * UNIT,
+// it stays within these plus half a unit and a rounding (2^-4 units: q < 2^20), and every q that
+// could be on the wrong side is among those left to the search. Below the first threshold inside, a
+// range starts above code `first`; above the last one, the cap holds.
+static void fit_ladder(hb_search8 *search, const float *map)
+{
+    hb_ladder8 *ladder = &search->ladder;
+    *ladder = (hb_ladder8){0};
+    if (map[0] == 0.0f && map[1] > 0.0f)
+        ladder->zero = 0;
+    else if (map[127] == 0.0f && map[126] < 0.0f && map[128] > 0.0f)
+        ladder->zero = 127;
+    else
+        return;
+    ladder->is_signed = ladder->zero != 0;
+    const int zero = ladder->zero, top = 255 - zero;
+    // The first codes of the ranges: a decade each, the lowest together with zero, and the top.
+    int first[9] = {0};
+    for (int d = 1; d < 7; d++) first[d] = ladder->is_signed ? 1 << d : (2 << d) - 1;
+    first[7] = top;
+    first[8] = top + 1;
+    for (int d = 0; d < 7; d++) ladder->border[d] = magnitude_threshold(search, zero, first[d + 1]);
+    ladder->border[7] = HB_INFINITY;
+    bool fits = ladder->border[6] < 1.0f;
+    for (int d = 0; d < 8; d++) {
+        const float low = d > 0 ? ladder->border[d - 1] : 0.0f;
+        fit_range(ladder, search, d, first[d], first[d + 1]);
+        fits = fits && low < ladder->border[d] && ladder->slope[d] < HB_INFINITY &&
+               (double)ladder->slope[d] * (double)low + (double)ladder->offset[d] >=
+                   first[d] * (double)HB_LADDER_UNIT;
+        if (d < 7) fits = fits && hb_ladder8_guess(ladder->border[d]) == (unsigned)d;
+        if (d > 0 && d < 7 && ladder->is_signed)
+            fits = fits && mirrored_threshold(search, zero, first[d]) == low;
+        for (int c = first[d] + 1; c < first[d + 1]; c++) {
+            fits = fits && line_meets(ladder, d, magnitude_threshold(search, zero, c), c, 0.5);
+            if (ladder->is_signed && c <= zero)
+                fits = fits && line_meets(ladder, d, mirrored_threshold(search, zero, c), c, 0.5);
+        }
+    }
+    ladder->fits = fits;
+}
+
 void hb_search8_init(hb_search8 *search, const float *map)
 {
     // Between entries i and i + 1 lies m, their midpoint in float32 arithmetic as bitsandbytes'
@@ -130,4 +213,5 @@ void hb_search8_init(hb_search8 *search, const float *map)
     for (int level = 0; level < 8; level++)
         for (int k = 0; k < 1 << level; k++)
             search->tree[(1 << level) + k] = search->threshold[(2 * k + 1) * (128 >> level) - 1];
+    fit_ladder(search, map);
 }

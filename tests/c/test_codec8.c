@@ -60,6 +60,8 @@ CHECK_GROUP_ONCE(codec8_maps)
         for (int i = 1; i < 256; i++)
             CHECK(c, search.threshold[i - 1] <= search.threshold[i], "%s: threshold %d",
                   names[which], i);
+        CHECK(c, search.ladder.fits == (which <= HB_MAP_DYNAMIC_UNSIGNED), "%s: ladder %d",
+              names[which], search.ladder.fits);
         // The tree holds each threshold once.
         for (int leaf = 256; leaf < 512; leaf++)
             for (int node = leaf; node > 1; node /= 2) {
@@ -176,6 +178,44 @@ CHECK_GROUP(codec8_every_value)
         }
         check_release(c);
     }
+}
+
+// Maps that are nearly dynamic: either the ladder is refused, or it still finds every code.
+CHECK_GROUP(codec8_near_maps)
+{
+    enum { N = 255 * 9 + 1025, ROUNDS = 200 };
+    if (!CHECK_NEW(c, codec.encode8[HB_F32])) return;
+    int fitting = 0;
+    float *values = check_buffer(c, N * 4, CHECK_END);
+    uint8_t *want = check_buffer(c, N, CHECK_END);
+    uint8_t *got = check_buffer(c, N, CHECK_END);
+    for (int round = 0; round < (c->emulated ? 10 : ROUNDS); round++) {
+        float map[256];
+        const float one = 1.0f;
+        hb_search8 search;
+        hb_map8_fill(round % 2 ? HB_MAP_DYNAMIC : HB_MAP_DYNAMIC_UNSIGNED, map);
+        const float size = exp2f(-(float)(round % 25));
+        const int changes = round % 3 ? 1 : 40;
+        for (int k = 0; k < changes; k++) {
+            const int i = (int)check_random_below(c, 256);
+            const float moved = map[i] * (1 + size * check_random_normal(c));
+            if ((i == 0 || map[i - 1] <= moved) && (i == 255 || moved <= map[i + 1]))
+                map[i] = moved;
+        }
+        hb_search8_init(&search, map);
+        fitting += search.ladder.fits;
+        int64_t n = 0;
+        for (int t = 0; t < 255; t++)
+            for (int ulp = -4; ulp <= 4; ulp++)
+                values[n++] = codec_neighbour(search.threshold[t], ulp * (1 + round % 7));
+        for (int i = -512; i <= 512; i++) values[n++] = (float)i / 500;
+        for (int64_t i = 0; i < n; i++) want[i] = plain_encode(map, values[i], 128);
+        c->kernels->codec.encode8[HB_F32](values, n, &search, INT64_MAX, &one, got);
+        check_equal(c, got, want, (size_t)n, "nearly dynamic map %d", round);
+    }
+    if (!c->emulated)
+        CHECK(c, fitting > ROUNDS / 20 && fitting < ROUNDS, "%d of %d maps have a ladder", fitting,
+              ROUNDS);
 }
 
 // Every scale: with the entry 1 the output is the scale itself, rounded to the dtype of the output.

@@ -1,7 +1,9 @@
 // 8-bit block-wise format with AVX2. Formula, layout, source: ref/codec8.c.
 //
-// Encode: eight steps down the search tree; levels 0..5 stay in registers (63 thresholds), the last
-// two are gathered. Decode: a gather per eight elements. Accuracy: bit-equal to the reference.
+// Encode: for maps with a ladder (kernels_codec.h) 32 codes at once by arithmetic; where one of
+// them is too near to a threshold, and for all other maps, eight steps down the search tree, of
+// which levels 0..5 stay in registers (63 thresholds) and the last two are gathered. Decode: a
+// gather per eight elements. Accuracy: bit-equal to the reference.
 #include "cpu/avx2/io.h"
 
 typedef struct {
@@ -56,21 +58,124 @@ static inline __m256i code_of(const tree *t, __m256 v)
     return descend(node, v, _mm256_i32gather_ps(t->rest, node, 4));
 }
 
-static inline void encode_blocks(const void *x, int64_t n, const hb_search8 *search,
+// The low bytes of eight lanes.
+static inline uint64_t low_bytes(__m256i lanes)
+{
+    lanes = _mm256_and_si256(lanes, _mm256_set1_epi32(0xff));
+    __m128i words =
+        _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+    return (uint64_t)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+}
+
+typedef struct {
+    __m256 border, slope, offset;
+    __m256i cap;
+    __m256i zero; // bytes
+    bool is_signed;
+} ladder;
+
+static inline ladder load_ladder(const hb_ladder8 *from)
+{
+    return (ladder){
+        .border = _mm256_loadu_ps(from->border),
+        .slope = _mm256_loadu_ps(from->slope),
+        .offset = _mm256_loadu_ps(from->offset),
+        .cap = _mm256_loadu_si256((const void *)from->cap),
+        .zero = _mm256_set1_epi8((char)from->zero),
+        .is_signed = from->is_signed,
+    };
+}
+
+// floor(q / UNIT) of eight elements; lanes of `near` become -1 where only the search can decide.
+static inline __m256i climb(const ladder *l, __m256 v, __m256i *near)
+{
+    // As integers negative numbers become 0. min gives its second operand for NaN, and the
+    // conversion to q INT_MIN.
+    __m256i bits = _mm256_castps_si256(v);
+    bits = l->is_signed ? _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff))
+                        : _mm256_max_epi32(bits, _mm256_setzero_si256());
+    __m256 a = _mm256_min_ps(_mm256_set1_ps(1.0f), _mm256_castsi256_ps(bits));
+    __m256i high = _mm256_srli_epi32(_mm256_castps_si256(a), 16);
+    high = _mm256_subs_epu16(high, _mm256_set1_epi32(HB_LADDER_FLOOR));
+    __m256i range = _mm256_mulhi_epu16(high, _mm256_set1_epi32(HB_LADDER_RATE));
+    __m256 above = _mm256_cmp_ps(a, _mm256_permutevar8x32_ps(l->border, range), _CMP_GT_OQ);
+    range = _mm256_sub_epi32(range, _mm256_castps_si256(above));
+    __m256i q = _mm256_cvttps_epi32(_mm256_fmadd_ps(_mm256_permutevar8x32_ps(l->slope, range), a,
+                                                    _mm256_permutevar8x32_ps(l->offset, range)));
+    q = _mm256_min_epi32(q, _mm256_permutevar8x32_epi32(l->cap, range));
+    __m256i rest = _mm256_and_si256(_mm256_add_epi32(q, _mm256_set1_epi32(1)),
+                                    _mm256_set1_epi32(HB_LADDER_UNIT - 2));
+    *near = _mm256_cmpeq_epi32(rest, _mm256_setzero_si256());
+    return _mm256_srli_epi32(q, HB_LADDER_SHIFT);
+}
+
+static inline __m256i thirty_two_codes(const ladder *l, const __m256 v[4], const __m256i steps[4])
+{
+    // Packing works in 128-bit lanes: dword 4 k + g of the result comes from vector g.
+    const __m256i transpose = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(steps[0], steps[1]),
+                                        _mm256_packs_epi32(steps[2], steps[3]));
+    if (l->is_signed) {
+        __m256i sign[4]; // packing with saturation keeps the sign
+        for (int g = 0; g < 4; g++) sign[g] = _mm256_castps_si256(v[g]);
+        __m256i negative = _mm256_packs_epi16(_mm256_packs_epi32(sign[0], sign[1]),
+                                              _mm256_packs_epi32(sign[2], sign[3]));
+        bytes = _mm256_blendv_epi8(_mm256_add_epi8(l->zero, bytes),
+                                   _mm256_subs_epu8(l->zero, bytes), negative);
+    }
+    return _mm256_permutevar8x32_epi32(bytes, transpose);
+}
+
+// Seldom: two of 4096 values, and blocks of zeros, whose v is NaN.
+static __attribute__((noinline)) void search_thirty_two(const hb_search8 *search, const __m256 v[4],
+                                                        uint8_t *codes)
+{
+    const tree t = load_tree(search);
+    for (int g = 0; g < 4; g++) {
+        uint64_t bytes = low_bytes(code_of(&t, v[g]));
+        memcpy(codes + 8 * g, &bytes, 8);
+    }
+}
+
+static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *search,
+                                int64_t blocksize, const float *absmax, uint8_t *codes, hb_dtype io)
+{
+    const ladder l = load_ladder(&search->ladder);
+    for (int64_t i = 0; i < n; absmax++) {
+        const __m256 inverse = _mm256_set1_ps(1.0f / *absmax);
+        const int64_t end = n - i < blocksize ? n : i + blocksize;
+        for (; i < end; i += 32) {
+            uint8_t part[32], *target = i + 32 <= end ? codes + i : part;
+            __m256 v[4];
+            __m256i steps[4], near[4];
+            for (int g = 0; g < 4; g++) {
+                v[g] = _mm256_setzero_ps();
+                if (i + 8 * g < end)
+                    v[g] = _mm256_mul_ps(load_upto_f32x8(x, i + 8 * g, end, io), inverse);
+                steps[g] = climb(&l, v[g], &near[g]);
+            }
+            _mm256_storeu_si256((void *)target, thirty_two_codes(&l, v, steps));
+            __m256i any = _mm256_or_si256(_mm256_or_si256(near[0], near[1]),
+                                          _mm256_or_si256(near[2], near[3]));
+            if (__builtin_expect(!_mm256_testz_si256(any, any), 0))
+                search_thirty_two(search, v, target);
+            if (target == part) memcpy(codes + i, part, (size_t)(end - i));
+        }
+        i = end;
+    }
+}
+
+static inline void search_blocks(const void *x, int64_t n, const hb_search8 *search,
                                  int64_t blocksize, const float *absmax, uint8_t *codes,
                                  hb_dtype io)
 {
     const tree t = load_tree(search);
-    const __m256i low_byte = _mm256_set1_epi32(0xff);
     for (int64_t i = 0; i < n; absmax++) {
         const __m256 inverse = _mm256_set1_ps(1.0f / *absmax);
         const int64_t end = n - i < blocksize ? n : i + blocksize;
         for (; i < end; i += 8) {
             __m256 v = _mm256_mul_ps(load_upto_f32x8(x, i, end, io), inverse);
-            __m256i code = _mm256_and_si256(code_of(&t, v), low_byte);
-            __m128i words =
-                _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-            uint64_t bytes = (uint64_t)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+            uint64_t bytes = low_bytes(code_of(&t, v));
             memcpy(codes + i, &bytes, end - i < 8 ? (size_t)(end - i) : 8);
         }
         i = end;
@@ -101,7 +206,10 @@ static inline void decode_blocks(const uint8_t *codes, int64_t n, const float *m
     void hb_map8_encode_##io##_avx2(const void *x, int64_t n, const hb_search8 *search,            \
                                     int64_t blocksize, const float *absmax, uint8_t *codes)        \
     {                                                                                              \
-        encode_blocks(x, n, search, blocksize, absmax, codes, dtype);                              \
+        if (search->ladder.fits)                                                                   \
+            climb_blocks(x, n, search, blocksize, absmax, codes, dtype);                           \
+        else                                                                                       \
+            search_blocks(x, n, search, blocksize, absmax, codes, dtype);                          \
     }                                                                                              \
     void hb_map8_decode_##io##_avx2(const uint8_t *codes, int64_t n, const float *map,             \
                                     int64_t blocksize, const float *absmax, void *out,             \

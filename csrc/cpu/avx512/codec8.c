@@ -1,8 +1,10 @@
 // 8-bit block-wise format with AVX-512 F/BW/DQ/VL. Formula, layout, source: ref/codec8.c.
 //
-// Encode: eight steps down the search tree; its 255 thresholds stay in sixteen registers, so that a
-// step is a register permutation (two and blends on the last levels) and a comparison.
-// Decode: a gather per sixteen elements. Accuracy: bit-equal to the reference.
+// Encode: for maps with a ladder (kernels_codec.h) 64 codes at once by arithmetic; where one of
+// them is too near to a threshold, and for all other maps, eight steps down the search tree: its
+// 255 thresholds stay in sixteen registers, so that a step is a register permutation (two and
+// blends on the last levels) and a comparison. Decode: a gather per sixteen elements. Accuracy:
+// bit-equal to the reference.
 #include "cpu/avx512/io.h"
 
 typedef struct {
@@ -57,7 +59,111 @@ static inline __m512i code_of(const tree *t, __m512 v)
     return descend(node, v, _mm512_mask_blend_ps(bit6, lo, hi));
 }
 
-static inline void encode_blocks(const void *x, int64_t n, const hb_search8 *search,
+typedef struct {
+    __m512 border, slope, offset; // eight entries, twice
+    __m512i cap;
+    __m512i zero; // bytes
+    bool is_signed;
+} ladder;
+
+static inline ladder load_ladder(const hb_ladder8 *from)
+{
+    return (ladder){
+        .border = _mm512_broadcast_f32x8(_mm256_loadu_ps(from->border)),
+        .slope = _mm512_broadcast_f32x8(_mm256_loadu_ps(from->slope)),
+        .offset = _mm512_broadcast_f32x8(_mm256_loadu_ps(from->offset)),
+        .cap = _mm512_broadcast_i32x8(_mm256_loadu_si256((const void *)from->cap)),
+        .zero = _mm512_set1_epi8((char)from->zero),
+        .is_signed = from->is_signed,
+    };
+}
+
+// floor(q / UNIT) of sixteen elements; `near` gets those that only the search can decide.
+static inline __m512i climb(const ladder *l, __m512 v, __mmask16 *near)
+{
+    // As integers negative numbers become 0. min gives its second operand for NaN, and the
+    // conversion to q INT_MIN.
+    __m512i bits = _mm512_castps_si512(v);
+    bits = l->is_signed ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff))
+                        : _mm512_max_epi32(bits, _mm512_setzero_si512());
+    __m512 a = _mm512_min_ps(_mm512_set1_ps(1.0f), _mm512_castsi512_ps(bits));
+    __m512i high = _mm512_srli_epi32(_mm512_castps_si512(a), 16);
+    high = _mm512_subs_epu16(high, _mm512_set1_epi32(HB_LADDER_FLOOR));
+    __m512i range = _mm512_mulhi_epu16(high, _mm512_set1_epi32(HB_LADDER_RATE));
+    __mmask16 above = _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(range, l->border), _CMP_GT_OQ);
+    range = _mm512_mask_add_epi32(range, above, range, _mm512_set1_epi32(1));
+    __m512i q = _mm512_cvttps_epi32(_mm512_fmadd_ps(_mm512_permutexvar_ps(range, l->slope), a,
+                                                    _mm512_permutexvar_ps(range, l->offset)));
+    q = _mm512_min_epi32(q, _mm512_permutexvar_epi32(range, l->cap));
+    *near = _mm512_testn_epi32_mask(_mm512_add_epi32(q, _mm512_set1_epi32(1)),
+                                    _mm512_set1_epi32(HB_LADDER_UNIT - 2));
+    return _mm512_srli_epi32(q, HB_LADDER_SHIFT);
+}
+
+// Sixteen bytes in the order of the lanes.
+static inline __m128i sixteen_codes(const ladder *l, __m512 v, __m512i steps)
+{
+    __m128i zero = _mm512_castsi512_si128(l->zero), bytes = _mm512_cvtepi32_epi8(steps);
+    if (!l->is_signed) return bytes;
+    return _mm_mask_subs_epu8(_mm_add_epi8(zero, bytes),
+                              _mm512_movepi32_mask(_mm512_castps_si512(v)), zero, bytes);
+}
+
+static inline __m512i sixty_four_codes(const ladder *l, const __m512 v[4], const __m512i steps[4])
+{
+    // Packing works in 128-bit lanes: dword 4 k + g of the result comes from vector g.
+    const __m512i transpose =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(steps[0], steps[1]),
+                                        _mm512_packus_epi32(steps[2], steps[3]));
+    bytes = _mm512_permutexvar_epi32(transpose, bytes);
+    if (!l->is_signed) return bytes;
+    __mmask64 negative = 0;
+    for (int g = 0; g < 4; g++)
+        negative |= (__mmask64)_mm512_movepi32_mask(_mm512_castps_si512(v[g])) << (16 * g);
+    return _mm512_mask_subs_epu8(_mm512_add_epi8(l->zero, bytes), negative, l->zero, bytes);
+}
+
+// Seldom: two of 4096 values, and blocks of zeros, whose v is NaN.
+static __attribute__((noinline)) __m128i search_codes(const hb_search8 *search, __m512 v)
+{
+    const tree t = load_tree(search);
+    return _mm512_cvtepi32_epi8(code_of(&t, v));
+}
+
+static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *search,
+                                int64_t blocksize, const float *absmax, uint8_t *codes, hb_dtype io)
+{
+    const ladder l = load_ladder(&search->ladder);
+    for (int64_t i = 0; i < n; absmax++) {
+        const __m512 inverse = _mm512_set1_ps(1.0f / *absmax);
+        const int64_t end = n - i < blocksize ? n : i + blocksize;
+        for (; i + 64 <= end; i += 64) {
+            __m512 v[4];
+            __m512i steps[4];
+            __mmask16 near[4];
+            for (int g = 0; g < 4; g++) {
+                v[g] = _mm512_mul_ps(load_f32x16(x, i + 16 * g, io), inverse);
+                steps[g] = climb(&l, v[g], &near[g]);
+            }
+            _mm512_storeu_si512(codes + i, sixty_four_codes(&l, v, steps));
+            if (__builtin_expect(near[0] | near[1] | near[2] | near[3], 0))
+                for (int g = 0; g < 4; g++)
+                    if (near[g] != 0)
+                        _mm_storeu_si128((void *)(codes + i + 16 * g), search_codes(search, v[g]));
+        }
+        for (; i < end; i += 16) {
+            __mmask16 lanes = first_lanes(end - i), near;
+            __m512 v = _mm512_mul_ps(load_lanes_f32x16(x, i, lanes, io), inverse);
+            __m128i code = sixteen_codes(&l, v, climb(&l, v, &near));
+            if ((near & lanes) != 0) code = search_codes(search, v);
+            _mm_mask_storeu_epi8(codes + i, lanes, code);
+        }
+        i = end;
+    }
+}
+
+static inline void search_blocks(const void *x, int64_t n, const hb_search8 *search,
                                  int64_t blocksize, const float *absmax, uint8_t *codes,
                                  hb_dtype io)
 {
@@ -106,7 +212,10 @@ static inline void decode_blocks(const uint8_t *codes, int64_t n, const float *m
     void hb_map8_encode_##io##_avx512(const void *x, int64_t n, const hb_search8 *search,          \
                                       int64_t blocksize, const float *absmax, uint8_t *codes)      \
     {                                                                                              \
-        encode_blocks(x, n, search, blocksize, absmax, codes, dtype);                              \
+        if (search->ladder.fits)                                                                   \
+            climb_blocks(x, n, search, blocksize, absmax, codes, dtype);                           \
+        else                                                                                       \
+            search_blocks(x, n, search, blocksize, absmax, codes, dtype);                          \
     }                                                                                              \
     void hb_map8_decode_##io##_avx512(const uint8_t *codes, int64_t n, const float *map,           \
                                       int64_t blocksize, const float *absmax, void *out,           \
