@@ -10,6 +10,7 @@ from typing import Any
 from . import _ops as _ops
 from . import autograd, cextension, consts, functional, nn, utils
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
+from .cextension import COMPILED_WITH_CUDA
 from .nn import modules
 
 # transformers and accelerate read these two: k-bit models may be loaded and trained without CUDA.
@@ -19,6 +20,7 @@ supported_torch_devices = {"cpu"}
 __version__ = "0.50.2"
 
 __all__ = [
+    "COMPILED_WITH_CUDA",
     "MatmulLtState",
     "autograd",
     "cextension",

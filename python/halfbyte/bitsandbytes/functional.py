@@ -1,7 +1,13 @@
 """Functions on tensors, by `halfbyte.torch.functional`."""
 
 from halfbyte.torch.functional import (
+    FIRST_CUDA_DEVICE,
+    C,
+    GlobalPageManager,
     QuantState,
+    _mul,
+    batched_igemm,
+    check_matmul,
     create_dynamic_map,
     create_fp8_map,
     create_linear_map,
@@ -10,15 +16,27 @@ from halfbyte.torch.functional import (
     dequantize_blockwise,
     dequantize_fp4,
     dequantize_nf4,
+    elementwise_func,
+    fill,
     gemv_4bit,
     get_4bit_type,
+    get_paged,
+    get_ptr,
+    has_avx512bf16,
+    igemm,
     int8_double_quant,
     int8_linear_matmul,
     int8_mm_dequant,
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
+    is_on_gpu,
+    lib,
+    linear_4bit,
     name2qmap,
+    optimizer_update_8bit_blockwise,
+    optimizer_update_32bit,
     pack_dict_to_tensor,
+    prefetch_tensor,
     quantize_4bit,
     quantize_blockwise,
     quantize_fp4,
@@ -27,7 +45,13 @@ from halfbyte.torch.functional import (
 )
 
 __all__ = [
+    "FIRST_CUDA_DEVICE",
+    "C",
+    "GlobalPageManager",
     "QuantState",
+    "_mul",
+    "batched_igemm",
+    "check_matmul",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
@@ -36,29 +60,33 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "elementwise_func",
+    "fill",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
+    "get_ptr",
     "has_avx512bf16",
+    "igemm",
     "int8_double_quant",
     "int8_linear_matmul",
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
+    "is_on_gpu",
+    "lib",
+    "linear_4bit",
     "name2qmap",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "prefetch_tensor",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
     "unpack_tensor_to_dict",
 ]
-
-C = 127.0
-
-
-def has_avx512bf16() -> bool:
-    """Whether weights must be repacked before a product on this CPU: never here, whatever the CPU has."""
-    return False
 
 
 def __getattr__(name: str) -> None:

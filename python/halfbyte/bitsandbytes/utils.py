@@ -1,14 +1,22 @@
 """Small helpers of bitsandbytes that other packages call."""
 
+import shlex
+import subprocess
+
 import torch
 from torch import Tensor
 
 from halfbyte.torch.nn.linear8bit import WEIGHT_FORMATS
+from halfbyte.torch.nn.outliers import OutlierTracer, find_outlier_dims, outlier_hook
 from halfbyte.torch.quant_state import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
     "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
     "LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
+    "OutlierTracer",
+    "execute_and_return",
+    "find_outlier_dims",
+    "outlier_hook",
     "pack_dict_to_tensor",
     "replace_linear",
     "sync_gpu",
@@ -23,6 +31,12 @@ def sync_gpu(t: Tensor) -> None:
     """Wait until the device of `t` has done what was asked of it."""
     if t.is_cuda:
         torch.cuda.synchronize(t.device)
+
+
+def execute_and_return(command_string: str) -> tuple[str, str]:
+    """(stdout, stderr) of a command, which is split as a shell would and not given to one."""
+    done = subprocess.run(shlex.split(command_string), capture_output=True, text=True, check=False)
+    return done.stdout.strip(), done.stderr.strip()
 
 
 def replace_linear(

@@ -267,3 +267,34 @@ _define(
 _define(
     f"dequantize_blockwise.out({_BLOCKWISE}, Tensor! out) -> ()", _copies(_dequantize_blockwise), _nothing
 )
+
+# ---- optimizers: one update of one parameter -----------------------------------------------------
+
+
+def _optimizer_32bit(
+    optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, param_norm, beta1, beta2, beta3, alpha, eps,
+    weight_decay, step, lr, gnorm_scale, skip_zeros=False,
+) -> None:  # fmt: skip
+    """`param_norm` is not needed: the core takes the norm of p itself."""
+    F.optimizer_update_32bit(
+        optimizer_name, g, p, state1, beta1, eps, step, lr, state2, beta2, beta3, alpha, weight_decay,
+        gnorm_scale, unorm_vec, max_unorm, skip_zeros,
+    )  # fmt: skip
+
+
+_define(
+    "optimizer_update_32bit(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, "
+    "Tensor(a3!)? state2, Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, float beta1, float beta2, "
+    "float beta3, float alpha, float eps, float weight_decay, int step, float lr, float gnorm_scale, "
+    "bool skip_zeros=False) -> ()",
+    _optimizer_32bit,
+    _nothing,
+)
+_define(
+    "optimizer_update_8bit_blockwise(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, "
+    "Tensor(a3!)? state2, float beta1, float beta2, float beta3, float alpha, float eps, int step, float lr, "
+    "Tensor(a4!) qmap1, Tensor(a5!)? qmap2, Tensor(a6!) absmax1, Tensor(a7!)? absmax2, float weight_decay, "
+    "float gnorm_scale, bool skip_zeros=False) -> ()",
+    F.optimizer_update_8bit_blockwise,
+    _nothing,
+)

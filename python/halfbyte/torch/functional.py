@@ -13,6 +13,22 @@ from torch.compiler import is_compiling
 
 from halfbyte import _C, shim
 from halfbyte.torch import ops as _ops  # noqa: F401  (defines torch.ops.halfbyte)
+from halfbyte.torch.lowlevel import (
+    FIRST_CUDA_DEVICE,
+    GlobalPageManager,
+    _mul,
+    batched_igemm,
+    check_matmul,
+    elementwise_func,
+    fill,
+    get_paged,
+    get_ptr,
+    igemm,
+    is_on_gpu,
+    optimizer_update_8bit_blockwise,
+    optimizer_update_32bit,
+    prefetch_tensor,
+)
 from halfbyte.torch.maps import (
     create_dynamic_map,
     create_fp8_map,
@@ -21,9 +37,16 @@ from halfbyte.torch.maps import (
     get_4bit_type,
 )
 from halfbyte.torch.quant_state import QuantState, pack_dict_to_tensor, unpack_tensor_to_dict
+from halfbyte.torch.symbols import lib
 
 __all__ = [
+    "FIRST_CUDA_DEVICE",
+    "C",
+    "GlobalPageManager",
     "QuantState",
+    "_mul",
+    "batched_igemm",
+    "check_matmul",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
@@ -32,15 +55,27 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "elementwise_func",
+    "fill",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
+    "get_ptr",
+    "has_avx512bf16",
+    "igemm",
     "int8_double_quant",
     "int8_linear_matmul",
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
+    "is_on_gpu",
+    "lib",
     "linear_4bit",
+    "name2qmap",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "prefetch_tensor",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
@@ -50,6 +85,7 @@ __all__ = [
 
 BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
+C = 127.0  # of the int8 codes
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # The signed dynamic map, made at its first use: one tensor serves every state on the CPU.
@@ -506,3 +542,8 @@ def int8_double_quant(
     # The maximum of a column leaves out its outliers; without a second row none is zeroed with its column.
     by_col, col_stats, _ = int8_vectorwise_quant(A.t(), threshold)
     return by_row, by_col.t().contiguous(), row_stats, col_stats, outlier_cols
+
+
+def has_avx512bf16() -> bool:
+    """Whether weights must be repacked before a product on this CPU: never here, whatever the CPU has."""
+    return False

@@ -2,6 +2,7 @@
 
 from . import modules, parametrize
 from .modules import (
+    Embedding,
     Embedding4bit,
     Embedding8bit,
     EmbeddingFP4,
@@ -11,10 +12,13 @@ from .modules import (
     Linear8bitLt,
     LinearFP4,
     LinearNF4,
+    OutlierAwareLinear,
     Params4bit,
+    StableEmbedding,
 )
 
 __all__ = [
+    "Embedding",
     "Embedding4bit",
     "Embedding8bit",
     "EmbeddingFP4",
@@ -24,7 +28,9 @@ __all__ = [
     "Linear8bitLt",
     "LinearFP4",
     "LinearNF4",
+    "OutlierAwareLinear",
     "Params4bit",
+    "StableEmbedding",
     "modules",
     "parametrize",
 ]

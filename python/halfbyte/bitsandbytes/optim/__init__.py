@@ -2,7 +2,7 @@
 
 from halfbyte.torch.optim import GlobalOptimManager
 
-from . import adagrad, adam, adamw, ademamix, lamb, lars, lion, rmsprop, sgd
+from . import adagrad, adam, adamw, ademamix, lamb, lars, lion, optimizer, rmsprop, sgd
 from .adagrad import Adagrad, Adagrad8bit, Adagrad32bit
 from .adam import Adam, Adam8bit, Adam32bit, PagedAdam, PagedAdam8bit, PagedAdam32bit
 from .adamw import AdamW, AdamW8bit, AdamW32bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit
@@ -69,6 +69,7 @@ __all__ = [
     "lamb",
     "lars",
     "lion",
+    "optimizer",
     "rmsprop",
     "sgd",
 ]

@@ -1,5 +1,7 @@
 """Adagrad."""
 
+from halfbyte.torch.optim import Optimizer1State  # noqa: F401  (of bitsandbytes' module)
+
 from ._named import named
 
 Adagrad = named("Adagrad", __name__)

@@ -1,5 +1,7 @@
 """Adam."""
 
+from halfbyte.torch.optim import Optimizer2State  # noqa: F401  (of bitsandbytes' module)
+
 from ._named import named
 
 Adam = named("Adam", __name__)

@@ -1,5 +1,7 @@
 """AdamW."""
 
+from halfbyte.torch.optim import Optimizer2State  # noqa: F401  (of bitsandbytes' module)
+
 from ._named import named
 
 AdamW = named("AdamW", __name__)

@@ -1,5 +1,6 @@
 """AdEMAMix."""
 
+from halfbyte.torch.optim import Optimizer2State  # noqa: F401
 from halfbyte.torch.optim import ReferenceAdEMAMix as _ReferenceAdEMAMix  # noqa: F401  (tests import it)
 
 from ._named import named

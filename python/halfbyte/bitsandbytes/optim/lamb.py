@@ -1,5 +1,7 @@
 """LAMB."""
 
+from halfbyte.torch.optim import Optimizer2State  # noqa: F401  (of bitsandbytes' module)
+
 from ._named import named
 
 LAMB = named("LAMB", __name__)

@@ -1,5 +1,7 @@
 """LARS."""
 
+from halfbyte.torch.optim import Optimizer1State  # noqa: F401  (of bitsandbytes' module)
+
 from ._named import named
 
 LARS = named("LARS", __name__)

@@ -1,5 +1,7 @@
 """Lion."""
 
+from halfbyte.torch.optim import Optimizer1State  # noqa: F401  (of bitsandbytes' module)
+
 from ._named import named
 
 Lion = named("Lion", __name__)

@@ -1,5 +1,7 @@
 """RMSprop."""
 
+from halfbyte.torch.optim import Optimizer1State  # noqa: F401  (of bitsandbytes' module)
+
 from ._named import named
 
 RMSprop = named("RMSprop", __name__)

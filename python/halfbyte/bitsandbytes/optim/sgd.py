@@ -1,5 +1,7 @@
 """SGD."""
 
+from halfbyte.torch.optim import Optimizer1State  # noqa: F401  (of bitsandbytes' module)
+
 from ._named import named
 
 SGD = named("SGD", __name__)

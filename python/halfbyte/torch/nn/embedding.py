@@ -1,6 +1,8 @@
-"""Embeddings with a quantized table: only the rows that are looked up are dequantized.
+"""Embeddings: with a quantized table, and with a float one whose optimizer states stay in 32 bits.
 
-Their state dicts cannot be saved: bitsandbytes has no format for them, so nobody could read the file.
+Of a quantized table only the rows that are looked up are dequantized. bitsandbytes cannot save these two
+modules; here they are saved as the linear layers are, `weight` with its statistics beside it in 4 bits,
+`weight` and `SCB` in 8 bits. A table that is not quantized yet cannot be saved either here or there.
 """
 
 import logging
@@ -12,8 +14,17 @@ from torch import Tensor, nn
 from halfbyte.torch.functional import dequantize_4bit, dequantize_blockwise
 from halfbyte.torch.nn.int8params import Int8Params
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
+from halfbyte.torch.nn.saving import Saves4bit
+from halfbyte.torch.optim.manager import GlobalOptimManager
 
 logger = logging.getLogger(__name__)
+
+
+def _not_quantized(module: nn.Module) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(module).__name__}: the table is not quantized yet and has no form to be saved in; move the "
+        "module to its device first, e.g. module.to('cpu') or module.cuda()"
+    )
 
 
 class Embedding8bit(nn.Embedding):
@@ -60,12 +71,45 @@ class Embedding8bit(nn.Embedding):
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        raise NotImplementedError(
-            f"{type(self).__name__}: there is no format to save a quantized embedding in"
+        scale = self.weight.SCB
+        if scale is None:
+            raise _not_quantized(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}SCB"] = scale if keep_vars else scale.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list,
+        unexpected_keys: list,
+        error_msgs: list,
+    ) -> None:
+        codes, scale = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}SCB")
+        if codes is None or scale is None:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
+        shape = [self.num_embeddings, self.embedding_dim]
+        if codes.dtype != torch.int8 or list(codes.shape) != shape or list(scale.shape) != shape[:1]:
+            error_msgs.append(
+                f"size mismatch for {prefix}weight: expected int8 {shape} and SCB {shape[:1]}, got "
+                f"{codes.dtype} {list(codes.shape)} and SCB {list(scale.shape)}"
+            )
+            return
+        if f"{prefix}SCB" in unexpected_keys:
+            unexpected_keys.remove(f"{prefix}SCB")
+        device = codes.device if self.weight.is_meta else self.weight.device
+        codes = codes.detach().to(device, copy=True)
+        self.weight = Int8Params(
+            codes, False, CB=codes, SCB=scale.detach().to(device, torch.float32, copy=True)
         )
 
 
-class Embedding4bit(nn.Embedding):
+class Embedding4bit(Saves4bit, nn.Embedding):
     """A table in 4 bits, quantized when the module is moved to its device.
 
     Parameters
@@ -133,10 +177,13 @@ class Embedding4bit(nn.Embedding):
         self.weight.follow()
         return self
 
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        raise NotImplementedError(
-            f"{type(self).__name__}: there is no format to save a quantized embedding in"
-        )
+        if self.weight.quant_state is None:
+            raise _not_quantized(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class EmbeddingNF4(Embedding4bit):
@@ -165,3 +212,76 @@ class EmbeddingFP4(Embedding4bit):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)
+
+
+class Embedding(nn.Embedding):
+    """`torch.nn.Embedding`, Xavier-initialised, whose optimizer states stay in 32 bits (see
+    `GlobalOptimManager`): the gradient of a rare token is too uneven for 8 bits.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            device=device,
+        )
+        GlobalOptimManager.get_instance().register_module_override(self, "weight", {"optim_bits": 32})
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        self._fill_padding_idx_with_zero()
+
+
+class StableEmbedding(Embedding):
+    """`Embedding` followed by a layer norm, which is computed in torch's default dtype
+    (Dettmers et al., arXiv:2110.02861, section 2.3).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            device,
+        )
+        if dtype is not None:
+            self.to(dtype)
+        self.norm = nn.LayerNorm(embedding_dim, device=device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = super().forward(input).to(torch.get_default_dtype())
+        return self.norm(found).to(self.weight.dtype)

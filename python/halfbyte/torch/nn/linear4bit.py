@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from halfbyte import _C
 from halfbyte.torch.functional import linear_4bit
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
+from halfbyte.torch.nn.saving import Saves4bit
 from halfbyte.torch.quant_state import QuantState
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def cast_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return bias
 
 
-class Linear4bit(nn.Linear):
+class Linear4bit(Saves4bit, nn.Linear):
     """y = x W^T + b with W in 4 bits. The weight is quantized when the layer is moved to its device.
 
     Parameters
@@ -157,50 +158,8 @@ class Linear4bit(nn.Linear):
             self.quant_state = weight.quant_state
         return self
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = getattr(self.weight, "quant_state", None)
-        if state is not None:
-            for key, value in state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list,
-        unexpected_keys: list,
-        error_msgs: list,
-    ) -> None:
-        # bitsandbytes has no such thing: there load_state_dict refuses the keys that state_dict has written.
-        statistics = {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight.")}
-        packed = state_dict.get(f"{prefix}weight")
-        if packed is None or not any(".quant_state." in key for key in statistics):
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            return
-        own = (f"{prefix}weight", *statistics)
-        rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if f"{prefix}weight" in missing_keys:
-            missing_keys.remove(f"{prefix}weight")
-        device = packed.device if self.weight.device.type == "meta" else self.weight.device
-        state = QuantState.from_dict(dict(statistics), device=device)
-        if tuple(state.shape) != (self.out_features, self.in_features):
-            error_msgs.append(
-                f"size mismatch for {prefix}weight: the checkpoint's quantized weight stands for "
-                f"{list(state.shape)}, the layer has [{self.out_features}, {self.in_features}]"
-            )
-            return
-        self.weight = Params4bit.from_prequantized(
-            packed.detach().clone(), {k: v.clone() for k, v in statistics.items()}, device=device, module=self
-        )
-        self.quant_storage = packed.dtype
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
 
 class LinearNF4(Linear4bit):

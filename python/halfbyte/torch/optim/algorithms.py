@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .base import QuantizedOptimizer
+from .general import Optimizer1State, Optimizer2State
 
 __all__ = [
     "LAMB",
@@ -65,7 +66,7 @@ def _parse_betas(betas: Any) -> Any:
     return tuple(float(b) for b in betas.strip().strip("()").split(",")) if isinstance(betas, str) else betas
 
 
-class Adam(QuantizedOptimizer):
+class Adam(Optimizer2State):
     """Adam (arXiv:1412.6980) with decoupled weight decay."""
 
     algorithm = "adam"
@@ -192,7 +193,7 @@ class PagedAdamW32bit(AdamW):
     _bits, _paged = 32, True
 
 
-class AdEMAMix(QuantizedOptimizer):
+class AdEMAMix(Optimizer2State):
     """AdEMAMix (arXiv:2409.03137): Adam with a second, slower momentum.
 
     `t_alpha` and `t_beta3`: steps over which alpha and betas[2] rise to their values (None: at once).
@@ -269,7 +270,7 @@ class PagedAdEMAMix32bit(AdEMAMix):
     _bits, _paged = 32, True
 
 
-class LAMB(QuantizedOptimizer):
+class LAMB(Optimizer2State):
     """LAMB (arXiv:1904.00962): Adam whose update's norm is at most max_unorm times the parameter's."""
 
     algorithm = "adam"
@@ -319,7 +320,7 @@ class LAMB32bit(LAMB):
     _bits = 32
 
 
-class _OneState(QuantizedOptimizer):
+class _OneState(Optimizer1State):
     _bits: int | None = None
     _paged: bool | None = None
 
@@ -336,7 +337,8 @@ class _OneState(QuantizedOptimizer):
         is_paged: bool = False,
         max_unorm: float = 0.0,
     ) -> None:
-        super().__init__(
+        QuantizedOptimizer.__init__(
+            self,
             params,
             {"lr": lr, "betas": _parse_betas(betas), "eps": eps, "weight_decay": weight_decay},
             optim_bits=self._bits or optim_bits,

@@ -43,6 +43,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     algorithm: str  # of _C.optimizer_step
     has_second_state = False
+    # Names that code written for bitsandbytes' Optimizer8bit reads.
+    _FSDP_WRAPPED_QUANT_STATE_KEY = WRAPPED_KEY
+    non_castable_tensor_keys = QUANTIZED_KEYS
 
     def __init__(
         self,
@@ -192,6 +195,20 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for p, stepped in copies:
             p.copy_(stepped)
         return loss
+
+    def prefetch_state(self, p: torch.Tensor) -> None:
+        """For subclasses with a `step` of their own; states are where they are needed."""
+
+    @torch.no_grad()
+    def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
+        """One step of one parameter whose state exists, for subclasses with a `step` of their own."""
+        state = self.state[p]
+        state["step"] += 1
+        target = p.contiguous()
+        scalars = self.schedule(self.get_config(gindex, pindex, group), state["step"])
+        self._call(scalars, [(target, p.grad, state)])
+        if target.data_ptr() != p.data_ptr():
+            p.copy_(target)
 
     def _call(self, scalars: dict[str, Any], entries: list[tuple[Any, ...]]) -> None:
         tensors = [

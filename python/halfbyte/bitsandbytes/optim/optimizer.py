@@ -1,0 +1,15 @@
+"""What optimizers are made of."""
+
+from typing import Any
+
+from halfbyte.torch.optim import GlobalOptimManager, Optimizer1State, Optimizer2State
+from halfbyte.torch.optim import QuantizedOptimizer as Optimizer8bit
+
+__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
+
+
+class MockArgs:
+    """The items of a dict as attributes; what an optimizer takes as `args`."""
+
+    def __init__(self, initial_data: dict[str, Any]) -> None:
+        vars(self).update(initial_data)
