@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional_torch import needs_torch, torch
 
 from halfbyte import _C
 
-torch = pytest.importorskip("torch")
 RNG = np.random.default_rng(17)
 W = RNG.standard_normal((12, 50)).astype(np.float32)
 
@@ -44,6 +44,7 @@ def test_shapes(shape):
     np.testing.assert_array_equal(params.dequantize(), np.zeros(shape))
 
 
+@needs_torch
 def test_properties():
     params = _C.Int8Params.quantize(torch.from_numpy(W).bfloat16())
     assert (params.shape, params.dtype, params.device) == ((12, 50), "bfloat16", "cpu")
@@ -103,8 +104,9 @@ def test_outliers():
     codes, scale, outliers = _C.quantize_rows_int8(x, 6.0)
     assert outliers.dtype == bool and np.flatnonzero(outliers).tolist() == [7]
     assert (codes[:, 7] == 0).all() and scale[3] == np.abs(np.delete(x[3], 7)).max()
-    tensors = _C.quantize_rows_int8(torch.from_numpy(x), 6.0)
-    assert tensors[2].dtype == torch.bool and torch.equal(tensors[0], torch.from_numpy(codes))
+    if torch is not None:
+        tensors = _C.quantize_rows_int8(torch.from_numpy(x), 6.0)
+        assert tensors[2].dtype == torch.bool and torch.equal(tensors[0], torch.from_numpy(codes))
 
 
 @given(

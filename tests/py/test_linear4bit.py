@@ -9,10 +9,10 @@ import weakref
 
 import numpy as np
 import pytest
+from optional_torch import needs_torch, torch
 
 from halfbyte import _C
 
-torch = pytest.importorskip("torch")
 RNG = np.random.default_rng(13)
 W = RNG.standard_normal((24, 96)).astype(np.float32)
 B = RNG.standard_normal(24).astype(np.float32)
@@ -56,6 +56,7 @@ def test_sums_are_of_the_right_numbers():
     assert (np.abs(layer(x) - (x.astype(np.float64) @ w.T + B)) <= bound).all()
 
 
+@needs_torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_torch_in_torch_out(dtype):
     layer = _C.Linear4bit.from_float(torch.from_numpy(W), torch.from_numpy(B).to(getattr(torch, dtype)))
@@ -72,6 +73,7 @@ def test_torch_in_torch_out(dtype):
     )
 
 
+@needs_torch
 def test_mixed_frameworks():
     layer = _C.Linear4bit.from_float(W, torch.from_numpy(B))
     x = RNG.standard_normal((3, 96)).astype(np.float32)

@@ -6,10 +6,10 @@ import copy
 
 import numpy as np
 import pytest
+from optional_torch import needs_torch, torch
 
 from halfbyte import _C
 
-torch = pytest.importorskip("torch")
 RNG = np.random.default_rng(19)
 W = RNG.standard_normal((24, 70)).astype(np.float32)
 B = RNG.standard_normal(24).astype(np.float32)
@@ -28,7 +28,8 @@ def test_matmul_int8_is_exact(shape):
     assert _C.matmul_int8(a, b, out=out) is out
     np.testing.assert_array_equal(out, want)
     np.testing.assert_array_equal(_C.matmul_int8(np.asfortranarray(a), np.asfortranarray(b)), want)
-    assert torch.equal(_C.matmul_int8(torch.from_numpy(a), torch.from_numpy(b)), torch.from_numpy(want))
+    if torch is not None:
+        assert torch.equal(_C.matmul_int8(torch.from_numpy(a), torch.from_numpy(b)), torch.from_numpy(want))
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "exact"])
@@ -75,6 +76,7 @@ def test_dynamic_mode_is_llm_int8():
     assert outliers.sum() == 1
 
 
+@needs_torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("mode", ["dynamic", "exact"])
 def test_torch_dtypes(dtype, mode):

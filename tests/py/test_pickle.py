@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optional_torch import FRAMEWORKS, needs_torch, torch
 
 from halfbyte import _C
 
-torch = pytest.importorskip("torch")
 X = np.random.default_rng(29).standard_normal((6, 128)).astype(np.float32)
 
 
@@ -46,7 +46,7 @@ def same(a, b) -> bool:
     return True
 
 
-@pytest.mark.parametrize("framework", [np.asarray, torch.from_numpy])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_round_trip(framework, protocol):
     for thing in make(framework):
@@ -62,6 +62,7 @@ def test_out_of_band_buffers_are_not_copied():
     assert same(again, params)
 
 
+@needs_torch
 def test_torch_save_and_load(tmp_path):
     layer = _C.Linear4bit.from_float(torch.from_numpy(X))
     torch.save({"layer": layer}, tmp_path / "layer.pt")
