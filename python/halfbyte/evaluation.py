@@ -193,8 +193,11 @@ def generation_speed(model: Any, prompt: torch.Tensor, *, tokens: int = 64, repe
     return best
 
 
-def generate(model: Any, prompt: torch.Tensor, *, tokens: int = 64) -> torch.Tensor:
-    """Exactly `tokens` greedy tokens after the prompt int64 [1, length] -> int64 [tokens]."""
+def generate(model: Any, prompt: torch.Tensor, *, tokens: int = 64, **options: Any) -> torch.Tensor:
+    """Exactly `tokens` greedy tokens after the prompt int64 [1, length] -> int64 [tokens].
+
+    `options` go to transformers' `generate`.
+    """
     import torch
 
     out = model.generate(
@@ -204,6 +207,7 @@ def generate(model: Any, prompt: torch.Tensor, *, tokens: int = 64) -> torch.Ten
         min_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
+        **options,
     )
     return out[0, prompt.shape[1] :]
 

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", default="demo-output", metavar="DIR", help="for quality.json, quality.png"
     )
-    parser.add_argument("--prompt", default="The file is read", help="what the models continue")
+    parser.add_argument("--prompt", default="The function returns the", help="what the models continue")
+    parser.add_argument("--new-tokens", type=positive, default=40, metavar="N", help="and by how many tokens")
     parser.add_argument("--window", type=positive, default=256, metavar="N", help="tokens per window")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="read no more of the text")
     parser.add_argument("--no-gate", action="store_true", help="judge the broken control only")
@@ -23,19 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfbyte import demo
+    from halfbyte import demo, demo_report
     from halfbyte.cli.main import print_json
 
     text = Path(args.text).read_text(encoding="utf-8")
     quiet_transformers()
-    report = demo.run(args.model, text, window=args.window, max_tokens=args.max_tokens, prompt=args.prompt)
+    report = demo.run(
+        args.model,
+        text,
+        window=args.window,
+        max_tokens=args.max_tokens,
+        prompt=args.prompt,
+        new_tokens=args.new_tokens,
+    )
     found = [demo.Check(**check) for check in report["checks"]]
     if args.json:
         print_json(report)
     else:
-        print(demo.table(report), demo.samples(report), "\n".join(map(str, found)), sep="\n\n")
+        print(demo_report.table(report), demo_report.samples(report), "\n".join(map(str, found)), sep="\n\n")
         print()
-    for path in demo.write(report, args.output):
+    for path in demo_report.write(report, args.output):
         print(f"written: {path}", file=sys.stderr if args.json else sys.stdout)
     judged = found[-1:] if args.no_gate else found
     return 0 if all(check.ok for check in judged) else 7
