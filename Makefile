@@ -12,7 +12,7 @@
 #   PYTHON=python3.12        the interpreter that .venv is made from (3.10 to 3.14)
 #   TORCH_SPEC=torch==2.13.0 which torch; TORCH_ARGS are extra arguments for pip, e.g. another index
 #   TESTS="tests/py -k nf4"  arguments for pytest instead of the whole suite
-#   OP=nf4                   which benchmarks (make bench)
+#   OP=nf4                   which benchmarks (make bench); OP=peers compares with torch and bitsandbytes
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0

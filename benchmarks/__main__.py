@@ -1,6 +1,7 @@
 """Every kernel and operation beside the machine's limits, measured in one run.
 
     python -m benchmarks [OP] [--kernels] [--ms N] [--json FILE]
+    python -m benchmarks peers [PART] ...                         see peers.py
 
 OP restricts to benchmarks whose name contains it ("linear_4bit nf4 1 rows", "quantize", ...). The rulers
 (DRAM read, copy, multiply-add peak) are measured before and after. `of read` is a benchmark's GB/s over the
@@ -23,7 +24,7 @@ from typing import Any
 from . import environment
 
 sys.path.insert(0, str(environment.ROOT / "tests" / "c"))
-import build  # noqa: E402
+import build
 
 Row = dict[str, Any]
 OPERATIONS = ("ops_4bit", "ops_8bit")  # groups of bench_ops.c
@@ -123,6 +124,10 @@ def measure(arguments: list[str]) -> int:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["peers"]:
+        from . import peers
+
+        return peers.main(sys.argv[2:])
     return measure(sys.argv[1:])
 
 

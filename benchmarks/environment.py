@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -72,10 +71,3 @@ def write_json(path: Path | None, default: str, result: dict[str, Any]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
     return target
-
-
-def version_of(module: str) -> str | None:
-    """The version of an installed package, None when there is none."""
-    if importlib.util.find_spec(module) is None:
-        return None
-    return str(getattr(importlib.import_module(module), "__version__", "unknown"))

@@ -91,7 +91,7 @@ def plan(variant: str, sanitize: str) -> dict[Path, list[str]]:
     files = {path: [*common, "-Wconversion"] for path in sorted((ROOT / "csrc" / "core").glob("*.c"))}
     for isa, isa_flags in flags.items():
         files |= {path: common + isa_flags for path in sorted((ROOT / "csrc" / "cpu" / isa).glob("*.c"))}
-    bench = [] if emulated else sorted((ROOT / "benchmarks").glob("*.c"))
+    bench = [] if emulated else sorted((ROOT / "benchmarks").glob("bench_*.c"))
     files |= {path: [*common, "-D_GNU_SOURCE"] for path in [*sorted(HERE.glob("*.c")), *bench]}
     return files
 

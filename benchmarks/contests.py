@@ -1,0 +1,392 @@
+"""The contests of peers.py, which names them. Run in a process of its own: OMP_NUM_THREADS is set before."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import halfbyte.torch as ht
+from halfbyte import _C
+from halfbyte.torch import optim
+
+from .contest import Entry, measure, rows
+from .ruler import Ruler
+
+BLOCKSIZE = 64
+ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+OPTIMIZER_ELEMENTS = 4_194_304
+Row = dict[str, Any]
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def bitsandbytes() -> Any:
+    """The real package, or None."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    return importlib.import_module("bitsandbytes")
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache; 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}.get(text[-1:], 0) if text[-1:] in "KM" else 0)
+    return max(sizes)
+
+
+class Bench:
+    """What all contests share: sizes, weights, the ruler."""
+
+    def __init__(self, options: argparse.Namespace, threads: int) -> None:
+        self.rows, self.depth, self.seconds = options.size, options.depth or options.size, options.seconds
+        self.cold_bytes = 4 * cache_bytes() if self.rows * self.depth >= 1 << 22 else 0
+        self.ruler = Ruler(threads)
+        self.room = np.ones(max(self.cold_bytes, 1 << 24), np.uint8)
+        torch.manual_seed(0)
+        self.weight = torch.randn(self.rows, self.depth) * 0.02
+        self.multiply_adds = 2 * self.rows * self.depth
+
+    def copies(self, make: Callable[[], Any], nbytes: int) -> Callable[[int], Any]:
+        """`made(i)`: one of so many results of make() that they do not fit in the cache."""
+        made = [make() for _ in range(self.cold_bytes // nbytes + 1)]
+        return lambda i: made[i % len(made)]
+
+    def read(self, nbytes: int) -> Entry:
+        """The ruler: reads as many bytes, never the same ones soon."""
+        nbytes = max(1 << 16, nbytes >> 16 << 16)
+        places = max(1, len(self.room) // nbytes)
+        return Entry(
+            "read", lambda i: self.ruler.read(self.room[i % places * nbytes :][:nbytes]), bytes=nbytes
+        )
+
+    # ---- layers, each a function i -> f(x) with DRAM-cold weights -------------------------------------
+
+    def halfbyte_4bit(self, quant_type: str = "nf4", compute: str = "float32", nested: bool = False) -> tuple:
+        packed, absmax = (
+            torch.from_dlpack(torch.as_tensor(part))
+            for part in _C.quantize_4bit(self.weight, quant_type, BLOCKSIZE)
+        )
+        nesting: dict[str, Any] = {}
+        if nested:
+            absmax, nested_absmax, offset = _C.nest_absmax(absmax)
+            nesting = {
+                "nested_absmax": nested_absmax,
+                "nested_map": _C.map8("dynamic"),
+                "nested_offset": offset,
+            }
+        nbytes = packed.nbytes + absmax.nbytes
+
+        def make() -> Any:
+            weight = _C.Params4bit.from_parts(
+                packed.clone(),
+                absmax.clone(),
+                quant_type=quant_type,
+                blocksize=BLOCKSIZE,
+                shape=(self.rows, self.depth),
+                **nesting,
+            )
+            return _C.Linear4bit(weight, compute=compute)
+
+        return self.copies(make, nbytes), nbytes
+
+    def halfbyte_int8(self, mode: str) -> tuple:
+        parts = _C.Int8Params.quantize(self.weight).parts()
+        codes, scale = torch.as_tensor(parts["codes"]), torch.as_tensor(parts["scale"])
+
+        def make() -> Any:
+            return _C.Linear8bit(_C.Int8Params.from_parts(codes.clone(), scale.clone()), mode=mode)
+
+        return self.copies(make, codes.nbytes), codes.nbytes
+
+    def dense(self, dtype: torch.dtype) -> tuple:
+        weight = self.weight.to(dtype)
+        take = self.copies(weight.clone, weight.nbytes)
+        return (lambda i: lambda x: F.linear(x, take(i))), weight.nbytes
+
+    def int4pack(self) -> tuple:
+        codes = torch.randint(0, 16, (self.rows, self.depth), dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        scales = torch.ones(self.depth // BLOCKSIZE, self.rows, 2, dtype=BF16)
+        take = self.copies(lambda: (packed.clone(), scales.clone()), packed.nbytes + scales.nbytes)
+
+        def layer(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
+            weight, scale = take(i)
+            return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, BLOCKSIZE, scale)
+
+        return layer, packed.nbytes + scales.nbytes
+
+    def bitsandbytes_4bit(self, bnb: Any, dtype: torch.dtype, quant_type: str = "nf4") -> tuple:
+        layer = bnb.nn.Linear4bit(
+            self.depth, self.rows, False, dtype, compress_statistics=False, quant_type=quant_type
+        )
+        layer.weight = bnb.nn.Params4bit(
+            self.weight.clone(), requires_grad=False, compress_statistics=False, quant_type=quant_type
+        )
+        layer = layer.to("cpu").eval()
+        nbytes = layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
+        return self.copies(lambda: copy.deepcopy(layer), nbytes), nbytes
+
+    def bitsandbytes_int8(self, bnb: Any) -> tuple:
+        layer = bnb.nn.Linear8bitLt(self.depth, self.rows, False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(self.weight.clone(), requires_grad=False, has_fp16_weights=False)
+        layer = layer.to("cpu").eval()
+        nbytes = self.rows * self.depth
+        return self.copies(lambda: copy.deepcopy(layer), nbytes), nbytes
+
+
+def entry(name: str, layer: tuple, x: torch.Tensor, bench: Bench, operations: bool = False) -> Entry:
+    take, nbytes = layer
+    return Entry(
+        name,
+        lambda i: take(i)(x),
+        bytes=nbytes if len(x) <= 4 else 0,
+        operations=bench.multiply_adds * len(x) if operations else 0,
+    )
+
+
+def one_row(bench: Bench, bnb: Any) -> list[Row]:
+    x, half = torch.randn(1, bench.depth), torch.randn(1, bench.depth).to(BF16)
+    nf4 = bench.halfbyte_4bit()
+    entries = [
+        bench.read(nf4[1]),
+        entry("halfbyte nf4 float32", nf4, x, bench),
+        entry("halfbyte nf4 bfloat16", bench.halfbyte_4bit(compute="bfloat16"), half, bench),
+        entry("halfbyte nf4 float32, nested scales", bench.halfbyte_4bit(nested=True), x, bench),
+        entry("halfbyte fp4 float32", bench.halfbyte_4bit("fp4"), x, bench),
+        entry("halfbyte int8 dynamic", bench.halfbyte_int8("dynamic"), x, bench),
+        entry("halfbyte int8 exact", bench.halfbyte_int8("exact"), x, bench),
+        entry("torch F.linear float32", bench.dense(F32), x, bench),
+        entry("torch F.linear bfloat16", bench.dense(BF16), half, bench),
+        entry("torch int4pack bfloat16", bench.int4pack(), half, bench),
+    ]
+    after = entry("halfbyte nf4 float32, right after torch", nf4, x, bench)
+    busy = torch.randn(1 << 20)
+    after.before = lambda: busy.add_(1.0)  # leaves torch's threads spinning
+    entries.append(after)
+    if bnb is not None:
+        entries += [
+            entry("bitsandbytes nf4 float32", bench.bitsandbytes_4bit(bnb, F32), x, bench),
+            entry("bitsandbytes nf4 bfloat16", bench.bitsandbytes_4bit(bnb, BF16), half, bench),
+            entry("bitsandbytes fp4 bfloat16", bench.bitsandbytes_4bit(bnb, BF16, "fp4"), half, bench),
+            entry("bitsandbytes int8", bench.bitsandbytes_int8(bnb), x.half(), bench),
+        ]
+    with torch.no_grad():
+        measure(entries, bench.seconds * 3)
+    return rows("one row", entries, "read")
+
+
+def many_rows(bench: Bench, bnb: Any) -> list[Row]:
+    nf4, nf4_bf16 = bench.halfbyte_4bit(), bench.halfbyte_4bit(compute="bfloat16")
+    dense, dense_bf16, int4pack = bench.dense(F32), bench.dense(BF16), bench.int4pack()
+    fused = None if bnb is None else bench.bitsandbytes_4bit(bnb, BF16)
+    table: list[Row] = []
+    for m in ROW_COUNTS:
+        x = torch.randn(m, bench.depth)
+        half = x.to(BF16)
+        exact = [
+            entry("halfbyte nf4 float32", nf4, x, bench, True),
+            entry("torch F.linear float32", dense, x, bench, True),
+        ]
+        rounded = [
+            entry("halfbyte nf4 bfloat16", nf4_bf16, half, bench, True),
+            entry("torch F.linear bfloat16", dense_bf16, half, bench, True),
+            entry("torch int4pack bfloat16", int4pack, half, bench, True),
+        ]
+        if fused is not None:
+            rounded.append(entry("bitsandbytes nf4 bfloat16", fused, half, bench, True))
+        peak = Entry("multiply-add peak float32", lambda i: bench.ruler.multiply())
+        peak.operations = bench.ruler.multiply()
+        with torch.no_grad():
+            measure([*exact, *rounded, *([peak] if peak.operations else [])], bench.seconds)
+        table += rows(f"{m} rows", exact, "torch F.linear float32")
+        table += rows(f"{m} rows", rounded, "torch F.linear bfloat16")
+        if peak.operations:
+            table += rows(f"{m} rows", [peak])
+    return table
+
+
+def grad_input(bench: Bench, bnb: Any) -> list[Row]:
+    """dx = dy W, the backward of a frozen layer."""
+    return grad_of(bench, F32, "float32") + grad_of(bench, BF16, "bfloat16")
+
+
+def grad_of(bench: Bench, dtype: torch.dtype, name: str) -> list[Row]:
+    own, _ = bench.halfbyte_4bit(compute=name)
+    weight = bench.weight.to(dtype)
+    dense = bench.copies(weight.clone, weight.nbytes)
+    table: list[Row] = []
+    for m in ROW_COUNTS:
+        dy = torch.randn(m, bench.rows).to(dtype)
+        work = bench.multiply_adds * m
+        entries = [
+            Entry(f"halfbyte nf4 {name}", lambda i, dy=dy: own(i).grad_input(dy), operations=work),
+            Entry(f"torch matmul {name}", lambda i, dy=dy: dy @ dense(i), operations=work),
+        ]
+        with torch.no_grad():
+            measure(entries, bench.seconds / 2)
+        table += rows(f"grad of {m} rows", entries, f"torch matmul {name}")
+    return table
+
+
+def quantize(bench: Bench, bnb: Any) -> list[Row]:
+    return quantize_from(bench, bnb, F32, "float32") + quantize_from(bench, bnb, BF16, "bfloat16")
+
+
+def quantize_from(bench: Bench, bnb: Any, dtype: torch.dtype, name: str) -> list[Row]:
+    weight = bench.weight.to(dtype)
+    take = bench.copies(weight.clone, weight.nbytes)
+    n = weight.numel()
+    four_bytes = weight.nbytes + n // 2 + n // BLOCKSIZE * 4
+    eight_bytes = weight.nbytes + n + n // 256 * 4
+    source, target = (torch.ones(four_bytes // 2, dtype=torch.uint8) for _ in range(2))
+
+    def of(library: str, f: Any) -> dict[str, Entry]:
+        packed, state = f.quantize_4bit(weight, quant_type="nf4")
+        codes, state8 = f.quantize_blockwise(weight)
+        nf4, dynamic = f"{library} nf4", f"{library} 8-bit dynamic"
+        return {
+            "quantize 4-bit": Entry(nf4, lambda i: f.quantize_4bit(take(i), quant_type="nf4"), four_bytes),
+            "dequantize 4-bit": Entry(nf4, lambda i: f.dequantize_4bit(packed, state), four_bytes),
+            "quantize 8-bit": Entry(dynamic, lambda i: f.quantize_blockwise(take(i)), eight_bytes),
+            "dequantize 8-bit": Entry(dynamic, lambda i: f.dequantize_blockwise(codes, state8), eight_bytes),
+        }
+
+    own = of("halfbyte", ht.functional)
+    peer = {} if bnb is None else of("bitsandbytes", bnb.functional)
+    table: list[Row] = []
+    for what, entry in own.items():
+        entries = [entry, Entry("copy, as many bytes as 4-bit", lambda i: target.copy_(source), four_bytes)]
+        if what in peer:
+            entries.append(peer[what])
+        measure(entries, bench.seconds)
+        table += rows(f"{what} {name}", entries, peer[what].name if what in peer else None)
+    return table
+
+
+def optimizers(bench: Bench, bnb: Any) -> list[Row]:
+    n = min(OPTIMIZER_ELEMENTS, bench.rows * bench.depth)
+
+    def stepping(name: str, make: Callable[[list], Any], nbytes: int = 0) -> Entry:
+        parameter = torch.nn.Parameter(torch.randn(n))
+        parameter.grad = torch.randn(n) * 0.01
+        optimizer = make([parameter])
+        return Entry(name, lambda i: optimizer.step(), bytes=nbytes)
+
+    eight, full = n * 16 + n // 64, n * 28  # p and state read and written, g read
+    entries = [
+        stepping("halfbyte AdamW8bit", lambda p: optim.AdamW8bit(p, lr=1e-3), eight),
+        stepping("halfbyte AdamW", lambda p: optim.AdamW(p, lr=1e-3), full),
+        stepping("torch AdamW fused", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), full),
+        stepping("torch AdamW foreach", lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True), full),
+    ]
+    if bnb is not None:
+        entries += [
+            stepping("bitsandbytes AdamW8bit", lambda p: bnb.optim.AdamW8bit(p, lr=1e-3), eight),
+            stepping("bitsandbytes AdamW", lambda p: bnb.optim.AdamW(p, lr=1e-3), full),
+        ]
+    source, target = torch.empty(full // 8), torch.empty(full // 8)
+    entries.append(Entry("copy of as many bytes as AdamW moves", lambda i: target.copy_(source), full))
+    measure(entries, bench.seconds * 2)
+    return rows(f"optimizer step, {n} float32", entries, "torch AdamW fused")
+
+
+def int8(bench: Bench, bnb: Any) -> list[Row]:
+    dynamic, exact = bench.halfbyte_int8("dynamic"), bench.halfbyte_int8("exact")
+    dense = bench.dense(F32)
+    other = None if bnb is None else bench.bitsandbytes_int8(bnb)
+    codes = torch.randint(-127, 128, (bench.rows, bench.depth), dtype=torch.int8)
+    take = bench.copies(codes.clone, codes.nbytes)
+    table: list[Row] = []
+    for m in (1, 8, 64, 512):
+        x = torch.randn(m, bench.depth)
+        q = torch.randint(-127, 128, (m, bench.depth), dtype=torch.int8)
+        operations = bench.multiply_adds * m
+        entries = [
+            entry("halfbyte int8 layer, dynamic", dynamic, x, bench, True),
+            entry("halfbyte int8 layer, exact", exact, x, bench, True),
+            Entry("halfbyte matmul_int8", lambda i, q=q: _C.matmul_int8(q, take(i)), operations=operations),
+            Entry("torch _int_mm", lambda i, q=q: torch._int_mm(q, take(i).t()), operations=operations),
+            entry("torch F.linear float32", dense, x, bench, True),
+        ]
+        if other is not None:
+            entries.append(entry("bitsandbytes int8 layer", other, x.half(), bench, True))
+        with torch.no_grad():
+            measure(entries, bench.seconds)
+        table += rows(f"int8, {m} rows", entries, "torch _int_mm")
+    return table
+
+
+def calls(bench: Bench, bnb: Any) -> list[Row]:
+    """What a call costs where there is next to nothing to compute: layers of 64 x 64, one row."""
+    weight, x = torch.randn(64, 64), torch.randn(1, 64)
+    own = _C.Linear4bit.from_float(weight)
+    out, array = torch.empty(1, 64), x.numpy()
+    repeat = 200
+    layer = ht.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=False).to("cpu").eval()
+    nested = ht.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=True).to("cpu").eval()
+    dense = torch.nn.Linear(64, 64).eval()
+    entries = [
+        Entry("halfbyte._C.Linear4bit(x, out)", lambda i: own(x, out), repeat=repeat),
+        Entry("halfbyte._C.Linear4bit(x)", lambda i: own(x), repeat=repeat),
+        Entry("halfbyte._C.Linear4bit(numpy)", lambda i: own(array), repeat=repeat),
+        Entry("halfbyte.torch.nn.Linear4bit", lambda i: layer(x), repeat=repeat),
+        Entry("halfbyte.torch.nn.Linear4bit, nested scales", lambda i: nested(x), repeat=repeat),
+        Entry("torch.nn.Linear", lambda i: dense(x), repeat=repeat),
+    ]
+    if bnb is not None:
+        other = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=False).to("cpu").eval()
+        entries.append(Entry("bitsandbytes.nn.Linear4bit", lambda i: other(x), repeat=20))
+    with torch.no_grad():
+        measure(entries, bench.seconds)
+    return rows("call of a 64 x 64 layer", entries, "torch.nn.Linear")
+
+
+def imports(bench: Bench, bnb: Any) -> list[Row]:
+    """Seconds of a fresh interpreter."""
+
+    def importing(what: str) -> Entry:
+        command = [sys.executable, "-c", f"import {what}"]
+        return Entry(what, lambda i: subprocess.run(command, check=True), warm=False)
+
+    entries = [importing("numpy"), importing("numpy, halfbyte")]
+    measure(entries, min(bench.seconds * 2, 20))
+    return rows("import", entries, "numpy")
+
+
+CONTESTS: dict[str, Callable[[Bench, Any], list[Row]]] = {
+    "one row": one_row,
+    "rows": many_rows,
+    "grad": grad_input,
+    "quantize": quantize,
+    "optimizers": optimizers,
+    "int8": int8,
+    "calls": calls,
+    "import": imports,
+}
+
+
+def run_contests(options: argparse.Namespace, threads: int) -> list[Row]:
+    """All chosen contests with the threads of this process."""
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    bench, bnb = Bench(options, threads), bitsandbytes()
+    table: list[Row] = []
+    for name, contest in CONTESTS.items():
+        if options.part in name:
+            print(f"{threads} threads: {name}", file=sys.stderr, flush=True)
+            table += [{"threads": threads, **row} for row in contest(bench, bnb)]
+    return table

@@ -1,0 +1,107 @@
+"""halfbyte against torch and bitsandbytes, interleaved in one process, beside what the machine can do.
+
+    python -m benchmarks peers [PART] [--threads 1,2] [--seconds N] [--size N] [--depth N] [--json FILE]
+
+For each number of threads one process is started, with OMP_NUM_THREADS and HALFBYTE_NUM_THREADS set. Weights
+are 4096 x 4096 (--size outputs, --depth inputs); every call uses another copy, together more than four times
+the last-level cache, so they come from DRAM as a model's layers do. Times are 10th percentile and median of
+calls taken in turns (contest.py). `ratio` is the reference's time over the entry's: beside "read" it is the
+share of raw read bandwidth, beside another library how many times as fast. A peer that is not installed
+is listed as absent. Contests, chosen by PART: one row, rows, grad, quantize, optimizers, int8, calls, import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import halfbyte
+from halfbyte import _C
+
+from . import environment
+
+PACKAGES = ("halfbyte", "torch", "bitsandbytes", "numpy")
+PARTS = ("one row", "rows", "grad", "quantize", "optimizers", "int8", "calls", "import")
+Row = dict[str, Any]
+
+
+def versions() -> dict[str, str | None]:
+    """The packages measured; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["halfbyte"] = halfbyte.__version__  # of the one imported, installed or not
+    return found
+
+
+def run_in_process(threads: int, arguments: list[str]) -> list[Row]:
+    environ = os.environ | {"OMP_NUM_THREADS": str(threads), "HALFBYTE_NUM_THREADS": str(threads)}
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+        command = [sys.executable, "-m", "benchmarks", "peers", *arguments, "--rows-to", file.name]
+        done = subprocess.run(command, env=environ, cwd=environment.ROOT)
+        if done.returncode:
+            raise SystemExit(f"benchmarks: peers with {threads} threads failed with status {done.returncode}")
+        result: list[Row] = json.load(file)
+        return result
+
+
+def print_table(table: list[Row]) -> None:
+    title = None
+    for row in table:
+        if (row["title"], row["threads"]) != title:
+            title = row["title"], row["threads"]
+            print(f"\n{row['title']}, {row['threads']} threads, ratios to {row.get('reference', '-')}")
+        rate = f"{row['gb_per_s']:8.1f} GB/s" if "gb_per_s" in row else " " * 13
+        rate += f"{row['gflop_per_s']:9.0f} GFLOP/s" if "gflop_per_s" in row else " " * 17
+        ratio = f"{row['ratio']:9.2f}" if "ratio" in row else ""
+        print(f"  {row['name']:44}{row['p10_us']:12.1f} us {row['median_us']:12.1f}{rate}{ratio}")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("part", nargs="?", default="", metavar="PART")
+    parser.add_argument("--threads", default="1,2", help="how many, one run each (default 1,2)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for a contest, more or less (default 4)")
+    parser.add_argument("--size", type=int, default=4096, help="outputs of the layers (default 4096)")
+    parser.add_argument("--depth", type=int, help="inputs of the layers (default: as --size)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: build/benchmarks/peers.json")
+    parser.add_argument("--rows-to", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not any(options.part in name for name in PARTS):
+        parser.error(f"PART: expected part of one of {', '.join(PARTS)}, got {options.part!r}")
+    if options.rows_to:
+        from .contests import run_contests
+
+        options.rows_to.write_text(json.dumps(run_contests(options, int(os.environ["OMP_NUM_THREADS"]))))
+        return 0
+    threads = [int(n) for n in options.threads.split(",")]
+    description = environment.describe() | {
+        "isa": _C.cpu_info()["used"],
+        "threads": threads,
+        "size": [options.size, options.depth or options.size],
+        "versions": versions(),
+    }
+    absent = [name for name, version in description["versions"].items() if version is None]
+    environment.print_description(description)
+    print("  ".join(f"{name} {version or 'absent'}" for name, version in description["versions"].items()))
+    table = [row for n in threads for row in run_in_process(n, arguments)]
+    print_table(table)
+    path = environment.write_json(
+        options.json, "peers", {"environment": description, "absent": absent, "rows": table}
+    )
+    print(f"\nwritten: {path}")
+    return 0

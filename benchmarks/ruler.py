@@ -1,0 +1,61 @@
+"""The machine's limits, measured in this process: `ruler.c` compiled and loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from .environment import ROOT
+
+SOURCES = ("benchmarks/ruler.c", "csrc/core/parallel.c", "csrc/core/thread_count.c", "csrc/core/cpu.c")
+FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-D_GNU_SOURCE",
+    "-Icsrc",
+    "-Ibenchmarks",
+)
+
+
+def _library() -> Path:
+    target = ROOT / "build" / "benchmarks" / "ruler.so"
+    needed = [ROOT / source for source in SOURCES] + [ROOT / "benchmarks" / "machine_loops.h"]
+    if target.exists() and all(path.stat().st_mtime <= target.stat().st_mtime for path in needed):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(f".{os.getpid()}.so")
+    compiler = os.environ.get("CC", "cc").split()
+    done = subprocess.run(
+        [*compiler, *FLAGS, *SOURCES, "-pthread", "-o", str(fresh)], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"benchmarks: cannot compile the ruler\n{done.stderr}")
+    fresh.replace(target)
+    return target
+
+
+class Ruler:
+    """Reads memory and multiplies as fast as `threads` threads can."""
+
+    def __init__(self, threads: int) -> None:
+        self._library = ctypes.CDLL(str(_library()))
+        self._library.ruler_read.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        self._library.ruler_multiply.argtypes = (ctypes.c_int64,)
+        self._library.ruler_multiply.restype = ctypes.c_int64
+        if self._library.ruler_open(threads):
+            raise MemoryError("ruler")
+
+    def read(self, data: np.ndarray) -> None:
+        """Reads the bytes of a contiguous array once (but for a last partial 64 KiB)."""
+        self._library.ruler_read(data.ctypes.data, data.nbytes)
+
+    def multiply(self, calls: int = 64) -> int:
+        """Float32 multiply-adds in registers; returns their number times two, 0 where there is no loop."""
+        return int(self._library.ruler_multiply(calls))

@@ -1,0 +1,85 @@
+"""The benchmarks run, on next to nothing, and write what they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DESCRIPTION = {
+    "machine",
+    "cpu",
+    "cpus",
+    "system",
+    "compiler",
+    "revision",
+    "command",
+    "isa",
+    "threads",
+    "time",
+}
+
+
+def benchmark(target, *arguments):
+    path = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments, "--json", str(target)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    return done, json.loads(target.read_text()) if target.exists() else None
+
+
+def test_operations_beside_the_machine(tmp_path):
+    done, result = benchmark(tmp_path / "kernels.json", "quantize_rows_int8 512", "--ms", "1")
+    assert done.returncode == 0, done.stderr
+    assert set(result["environment"]) >= DESCRIPTION
+    assert "-m benchmarks" in result["environment"]["command"]
+    rulers = {row["name"] for row in result["rulers"]}
+    assert {"machine read DRAM", "machine copy DRAM", "machine read L2"} <= rulers
+    names = {row["name"] for row in result["rows"]}
+    assert "quantize_rows_int8 512x4096 float32" in names
+    for row in result["rows"]:
+        assert 0 < row["p10_us"] <= row["median_us"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["p10_us"] / 1e3, rel=1e-3)
+        assert row["name"] in done.stdout
+    assert {row["threads"] for row in result["rows"]} == {1, 2}
+
+
+def test_nothing_to_measure_is_an_error(tmp_path):
+    done, result = benchmark(tmp_path / "none.json", "no such kernel", "--ms", "1")
+    assert done.returncode == 1 and "no such kernel" in done.stderr
+    assert result["rows"] == []
+
+
+@pytest.mark.no_asan  # a subprocess with torch, for its times
+def test_peers(tmp_path):
+    pytest.importorskip("torch")
+    size = ("--size", "128", "--seconds", "0.01", "--threads", "1")
+    done, result = benchmark(tmp_path / "peers.json", "peers", "one row", *size)
+    assert done.returncode == 0, done.stderr
+    assert set(result["environment"]) >= DESCRIPTION | {"versions", "size"}
+    absent = {name for name, version in result["environment"]["versions"].items() if version is None}
+    assert set(result["absent"]) == absent
+    assert {row["threads"] for row in result["rows"]} == {1}
+    libraries = {row["name"].split()[0].split(".")[0] for row in result["rows"]}
+    assert "halfbyte" in libraries
+    assert ("bitsandbytes" in libraries) == ("bitsandbytes" not in absent)
+    for row in result["rows"]:
+        assert row["samples"] >= 5 and 0 < row["p10_us"] <= row["median_us"]
+        assert row["name"] in done.stdout
+        if "ratio" in row:
+            base = next(
+                r for r in result["rows"] if (r["title"], r["name"]) == (row["title"], row["reference"])
+            )
+            assert row["ratio"] == pytest.approx(base["p10_us"] / row["p10_us"], rel=0.01)
+
+
+def test_peers_says_which_contests_there_are(tmp_path):
+    done, result = benchmark(tmp_path / "peers.json", "peers", "football")
+    assert done.returncode == 2 and "one row" in done.stderr and result is None
