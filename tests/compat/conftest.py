@@ -111,6 +111,8 @@ def _run_child(items: list[pytest.Item]) -> Iterator[tuple[str, object]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             report = config.hook.pytest_report_from_serializable(config=config, data=entry["report"])
+            if report.skipped and isinstance(report.longrepr, list):
+                report.longrepr = tuple(report.longrepr)  # which JSON knows not
             found.setdefault(entry["nodeid"], []).append(report)
     yield from found.items()
     yield "", said

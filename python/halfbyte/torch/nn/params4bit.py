@@ -73,6 +73,9 @@ class Params4bit(torch.nn.Parameter):
         **kwargs: Any,
     ) -> "Params4bit":
         self = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
+        if bnb_quantized and quant_state is not None and _is_whole(self, quant_state):
+            # Some merges in PEFT (RandLora, PVeRA) pass a float weight with all attributes of the packed one.
+            bnb_quantized = False
         self.blocksize = 64 if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
         self.quant_type = quant_type
@@ -289,6 +292,16 @@ def device_argument(kind: str, device: int | torch.device | str | None) -> torch
         torch.device(kind, device)
         if isinstance(device, int)
         else torch.device(kind if device is None else device)
+    )
+
+
+def _is_whole(data: Tensor, state: QuantState) -> bool:
+    """Whether data are the float weight itself, which has more elements than its packed codes can have."""
+    return (
+        data.dim() == len(state.shape)
+        and data.shape == state.shape
+        and data.shape[-1] > 1
+        and data.is_floating_point()
     )
 
 
