@@ -192,3 +192,58 @@ BENCH_GROUP(ops_8bit)
     free(sums);
     close_setup(&s);
 }
+
+// One step of AdamW over 4 Mi parameters in one tensor. Bytes: p read and written, g read, states
+// read and written.
+static void bench_adam(check *c, bool state_is_8bit, hb_dtype dtype)
+{
+    enum { N = 1 << 22, BLOCKS = N / HB_OPTIM_BLOCKSIZE };
+    const size_t state_bytes = state_is_8bit ? 1 : 4, bytes = hb_dtype_bytes(dtype);
+    float *values = aligned_alloc(4096, (size_t)N * 4), *absmax = calloc(2 * BLOCKS, 4);
+    void *p = aligned_alloc(4096, N * bytes), *g = aligned_alloc(4096, N * bytes);
+    void *m = calloc(N, state_bytes), *v = calloc(N, state_bytes);
+    if (values && absmax && p && g && m && v) {
+        float map1[256], map2[256];
+        hb_map8_fill(HB_MAP_DYNAMIC, map1);
+        hb_map8_fill(HB_MAP_DYNAMIC_UNSIGNED, map2);
+        check_fill_normal(c, values, N, 0.02f);
+        check_convert(values, p, N, dtype);
+        check_convert(values, g, N, dtype);
+        const hb_optim_settings settings = {.lr = 1e-4,
+                                            .beta1 = 0.9,
+                                            .beta2 = 0.999,
+                                            .eps = 1e-8,
+                                            .weight_decay = 0.01,
+                                            .gnorm_scale = 1.0};
+        hb_optim_tensor tensor = {.p = p,
+                                  .g = g,
+                                  .p_dtype = dtype,
+                                  .g_dtype = dtype,
+                                  .n = N,
+                                  .state_is_8bit = state_is_8bit,
+                                  .state1 = m,
+                                  .state2 = v,
+                                  .absmax1 = absmax,
+                                  .absmax2 = absmax + BLOCKS};
+        hb_error error;
+        CHECK_BENCH(
+            c, b, title("adamw %d-bit states 4M %s", state_is_8bit ? 8 : 32, hb_dtype_name(dtype)),
+            N * (double)(3 * bytes + 4 * state_bytes), 0)
+        {
+            tensor.step++;
+            (void)hb_optimizer_step(c->context, HB_ADAM, &tensor, 1, &settings, map1, map2, &error);
+        }
+    }
+    free(values), free(absmax), free(p), free(g), free(m), free(v);
+}
+
+BENCH_GROUP(ops_optim)
+{
+    for (int threads = 1; threads <= 2; threads++) {
+        hb_pool_set_threads(c->context->pool, threads);
+        for (int state_is_8bit = 0; state_is_8bit < 2; state_is_8bit++) {
+            bench_adam(c, state_is_8bit, HB_F32);
+            bench_adam(c, state_is_8bit, HB_BF16);
+        }
+    }
+}

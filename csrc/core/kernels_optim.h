@@ -7,7 +7,7 @@
 #ifndef HB_CORE_KERNELS_OPTIM_H
 #define HB_CORE_KERNELS_OPTIM_H
 
-#include "core/dtype.h"
+#include "core/kernels_codec.h"
 
 // g' = gnorm_scale * g + coupled_decay * p;  p' = keep * p  (keep = 1 - lr * weight_decay)
 //
@@ -46,6 +46,20 @@ typedef void hb_narrow_fn(const float *x, int64_t n, void *out);
 // the sign of its value is not that of x[i].
 typedef void hb_keep_sign_fn(const float *x, int64_t n, int zero, uint8_t *codes);
 
+// 8-bit states of whole blocks of 256 elements, with what it takes to decode and encode them. Both
+// maps have a ladder; that of map1 is signed, that of map2 is not.
+typedef struct {
+    uint8_t *codes1, *codes2; // [blocks * 256]
+    float *absmax1, *absmax2; // [blocks]
+    const float *map1, *map2; // [256]
+    const hb_search8 *search1, *search2;
+} hb_states8;
+
+// A whole Adam step in one pass: decode, step, encode, with the sign of the first state kept. p and
+// g have the dtype of the table slot. Where g is not finite p stays and the states become zero.
+typedef void hb_adam8_fn(void *p, const void *g, int64_t blocks, const hb_states8 *states,
+                         const hb_optim_scalars *s);
+
 typedef enum {
     HB_ADAM = 0,
     HB_ADEMAMIX,
@@ -62,6 +76,7 @@ typedef struct {
     hb_keep_sign_fn *keep_sign;
     hb_widen_fn *widen[HB_IO_COUNT];
     hb_narrow_fn *narrow[HB_IO_COUNT];
+    hb_adam8_fn *adam8[HB_IO_COUNT]; // NULL: by the separate kernels
 } hb_kernels_optim;
 
 // One per ISA folder, in optim.c.
@@ -69,5 +84,11 @@ void hb_optim_table_ref(hb_kernels_optim *kernels);
 void hb_optim_table_avx2(hb_kernels_optim *kernels);
 void hb_optim_table_avx512(hb_kernels_optim *kernels);
 void hb_optim_table_neon(hb_kernels_optim *kernels);
+
+#define HB_DECLARE_ADAM8(isa)                                                                      \
+    hb_adam8_fn hb_adam8_f32_##isa, hb_adam8_bf16_##isa, hb_adam8_f16_##isa;
+HB_DECLARE_ADAM8(avx2)
+HB_DECLARE_ADAM8(avx512)
+HB_DECLARE_ADAM8(avx512vbmi)
 
 #endif

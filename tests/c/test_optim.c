@@ -145,3 +145,78 @@ CHECK_GROUP(optim_keep_sign)
         check_release(c);
     }
 }
+
+// The fused kernel against the separate ones of the reference, over several steps: p, codes and
+// scales, to the bit. Wild gradients, blocks of zeros and of tiny numbers, all dtypes, odd ends.
+CHECK_GROUP(optim_adam8)
+{
+    static const int64_t sizes[] = {1, 255, 256, 257, 1024, 2048, 2049, 5000};
+    static const float grains[] = {1e-2f, 1e-12f, 1e-21f, 1e18f};
+    hb_context plain = {.kernels = *c->reference, .pool = c->context->pool};
+    float map1[256], map2[256];
+    hb_map8_fill(HB_MAP_DYNAMIC, map1);
+    hb_map8_fill(HB_MAP_DYNAMIC_UNSIGNED, map2);
+    for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
+        if (!CHECK_NEW(c, optim.adam8[io]) || c->kernels->optim.adam8[io] == NULL) continue;
+        for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
+            const int64_t n = sizes[k], n_blocks = hb_ceil_div(n, HB_OPTIM_BLOCKSIZE);
+            const size_t p_bytes = (size_t)n * hb_dtype_bytes(io);
+            float *values = check_buffer(c, (size_t)n * 4, CHECK_END);
+            void *g = check_buffer(c, p_bytes, CHECK_END);
+            hb_optim_tensor t[2]; // tested, reference
+            for (int who = 0; who < 2; who++) {
+                t[who] =
+                    (hb_optim_tensor){.p = check_buffer(c, p_bytes, CHECK_END),
+                                      .g = g,
+                                      .p_dtype = io,
+                                      .g_dtype = io,
+                                      .n = n,
+                                      .state_is_8bit = true,
+                                      .state1 = check_buffer(c, (size_t)n, CHECK_END),
+                                      .state2 = check_buffer(c, (size_t)n, CHECK_END),
+                                      .absmax1 = check_buffer(c, (size_t)n_blocks * 4, CHECK_END),
+                                      .absmax2 = check_buffer(c, (size_t)n_blocks * 4, CHECK_END)};
+                memset(t[who].state1, 0, (size_t)n);
+                memset(t[who].state2, 0, (size_t)n);
+                memset(t[who].absmax1, 0, (size_t)n_blocks * 4);
+                memset(t[who].absmax2, 0, (size_t)n_blocks * 4);
+            }
+            check_fill_normal(c, values, n, 0.02f);
+            check_convert(values, t[0].p, n, io);
+            memcpy(t[1].p, t[0].p, p_bytes);
+            for (int step = 1; step <= 6; step++) {
+                const hb_optim_settings settings = {.lr = 1e-2,
+                                                    .beta1 = 0.9,
+                                                    .beta2 = 0.999,
+                                                    .eps = step % 2 ? 1e-8 : 0.0,
+                                                    .weight_decay = 0.1,
+                                                    .gnorm_scale = step % 3 ? 1.0 : 0.3};
+                if (step == 5)
+                    check_fill_wild(c, values, n, true);
+                else
+                    check_fill_normal(c, values, n, grains[(step + (int)k) % 4]);
+                for (int64_t i = 0; i < n; i++)
+                    if (i / 100 % 7 == 0) values[i] = i % 2 ? 0.0f : -0.0f;
+                check_convert(values, g, n, io);
+                hb_error error;
+                for (int who = 0; who < 2; who++) {
+                    t[who].step = step;
+                    hb_status status = hb_optimizer_step(who ? &plain : c->context, HB_ADAM,
+                                                         &t[who], 1, &settings, map1, map2, &error);
+                    CHECK(c, status == HB_OK, "step: %s", error.text);
+                }
+                for (int64_t i = 0; i < n; i++) { // a NaN is a NaN
+                    const float want = hb_load_f32(t[1].p, i, io), got = hb_load_f32(t[0].p, i, io);
+                    if (want != want && got != got) hb_store_f32(t[0].p, i, io, want);
+                }
+                check_label(c, "%s n=%lld step %d", hb_dtype_name(io), (long long)n, step);
+                check_equal(c, t[0].p, t[1].p, p_bytes, "p");
+                check_equal(c, t[0].absmax1, t[1].absmax1, (size_t)n_blocks * 4, "absmax1");
+                check_equal(c, t[0].absmax2, t[1].absmax2, (size_t)n_blocks * 4, "absmax2");
+                check_equal(c, t[0].state1, t[1].state1, (size_t)n, "codes of the first state");
+                check_equal(c, t[0].state2, t[1].state2, (size_t)n, "codes of the second state");
+            }
+            check_release(c);
+        }
+    }
+}
