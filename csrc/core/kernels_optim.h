@@ -86,7 +86,7 @@ void hb_optim_table_avx512(hb_kernels_optim *kernels);
 void hb_optim_table_neon(hb_kernels_optim *kernels);
 
 #define HB_DECLARE_ADAM8(isa)                                                                      \
-    hb_adam8_fn hb_adam8_f32_##isa, hb_adam8_bf16_##isa, hb_adam8_f16_##isa;
+    hb_adam8_fn hb_dyn8_adam_f32_##isa, hb_dyn8_adam_bf16_##isa, hb_dyn8_adam_f16_##isa;
 HB_DECLARE_ADAM8(avx2)
 HB_DECLARE_ADAM8(avx512)
 HB_DECLARE_ADAM8(avx512vbmi)

@@ -101,8 +101,8 @@ static inline void adam8(void *p, const void *g, int64_t blocks, const hb_states
 }
 
 #define ADAM8(io, dtype, isa)                                                                      \
-    void hb_adam8_##io##_##isa(void *p, const void *g, int64_t blocks, const hb_states8 *states,   \
-                               const hb_optim_scalars *scalars)                                    \
+    void hb_dyn8_adam_##io##_##isa(void *p, const void *g, int64_t blocks,                         \
+                                   const hb_states8 *states, const hb_optim_scalars *scalars)      \
     {                                                                                              \
         adam8(p, g, blocks, states, scalars, dtype);                                               \
     }

@@ -6,5 +6,5 @@ void hb_table_avx512(hb_kernels *kernels)
     hb_linear4_table_avx512(&kernels->linear4);
     hb_linear8_table_avx512(&kernels->linear8);
     hb_optim_table_avx512(&kernels->optim);
-    HB_SET_IO(kernels->optim, adam8, adam8, avx512);
+    HB_SET_IO(kernels->optim, adam8, dyn8_adam, avx512);
 }
