@@ -5,7 +5,9 @@ from typing import Any
 from halfbyte.torch.optim import GlobalOptimManager, Optimizer1State, Optimizer2State
 from halfbyte.torch.optim import QuantizedOptimizer as Optimizer8bit
 
-__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
+from ..utils import sync_gpu
+
+__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "sync_gpu"]
 
 
 class MockArgs:

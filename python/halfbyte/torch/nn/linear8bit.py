@@ -65,6 +65,13 @@ class Linear8bitLt(nn.Linear):
         )
         self._register_load_state_dict_pre_hook(maybe_rearrange_weight)
 
+    def __setstate__(self, state: dict) -> None:
+        # A pickle made by bitsandbytes holds its parameter as an nn.Parameter with the attributes of Int8Params.
+        super().__setstate__(state)
+        weight = self._parameters.get("weight")
+        if type(weight) is nn.Parameter and "SCB" in weight.__dict__:
+            self.weight = Int8Params(weight.data, weight.requires_grad, **weight.__dict__)
+
     def init_8bit_state(self) -> None:
         """Take codes and scales over from the parameter."""
         self.state.CB = self.weight.CB

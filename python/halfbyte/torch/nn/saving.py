@@ -21,6 +21,13 @@ class Saves4bit(nn.Module):
     def _weight_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
 
+    def __setstate__(self, state: dict) -> None:
+        # A pickle made by bitsandbytes holds its parameter as an nn.Parameter with the attributes of Params4bit.
+        super().__setstate__(state)
+        weight = self._parameters.get("weight")
+        if type(weight) is nn.Parameter and "bnb_quantized" in weight.__dict__:
+            self.weight = Params4bit(weight.data, weight.requires_grad, **weight.__dict__)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = getattr(self.weight, "quant_state", None)
