@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from checkpoint_model import from_bits, make_llama, read_all, write_config, write_file
+from checkpoint_model import from_bits, make_llama, read_all, to_bits, write_config, write_file
 
 import halfbyte
 from halfbyte import _C
@@ -106,6 +106,26 @@ def test_int8_parts(dtype, tmp_path, small_tiles):
     rows, layers = 5 * 300 + 2 * 500, 7
     bits = 8 + (32 * rows + 8 * layers) / report.document["quantized"]["parameters"]
     assert report.bits_per_parameter == pytest.approx(bits, abs=1e-4)
+
+
+def test_int8_of_bfloat16_is_that_of_float16(tmp_path, small_tiles):
+    """Rows of every magnitude, around the two borders where the tool goes another way, and values that float16
+    rounds, flushes or just holds: the codes are those of the rows rounded to float16."""
+    rng = np.random.default_rng(3)
+    top = [2.0**e * m for e in range(-27, 16) for m in (1.0, 1.984375)] + [65280.0, 2.0**-6 * 0.9921875, 0.0]
+    w = rng.standard_normal((len(top), 96)).astype(np.float32)
+    w *= 2.0 ** rng.integers(-14, 1, w.shape)
+    w *= np.array(top, np.float32)[:, None] / np.abs(w).max(1, keepdims=True)
+    w[:, 5] = np.array(top) * 0.5  # a tie of the code, 63.5
+    (tmp_path / "m").mkdir()
+    write_file(tmp_path / "m" / "model.safetensors", {"model.layers.0.mlp.up_proj.weight": ("BF16", w)})
+    write_config(tmp_path / "m", hidden=96, mlp=len(top), layers=1, dtype="bfloat16")
+    halfbyte.quantize(tmp_path / "m", tmp_path / "q", "int8")
+    stored = from_bits(to_bits(w, "BF16").tobytes(), "BF16").reshape(w.shape)
+    codes, scale, _ = _C.quantize_rows_int8(stored.astype(np.float16))
+    result = read_all(tmp_path / "q")
+    assert result["model.layers.0.mlp.up_proj.weight"][2] == codes.tobytes()
+    assert result["model.layers.0.mlp.up_proj.SCB"][2] == scale.tobytes()
 
 
 @pytest.mark.parametrize("shards", [1, 3])
