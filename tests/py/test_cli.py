@@ -26,6 +26,7 @@ def command(*arguments, **options):
     )
 
 
+@pytest.mark.no_asan(reason="a time limit")
 def test_help_is_fast_and_imports_nothing_heavy():
     code = (
         "import sys; from halfbyte.cli.main import main\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -222,7 +223,7 @@ def test_nan_and_infinity_stay_in_their_block():
 
 def test_unknown_cpu_name_warns():
     code = "import warnings; warnings.simplefilter('error'); import halfbyte._C"
-    env = {"HALFBYTE_CPU": "pentium", "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    env = {**os.environ, "HALFBYTE_CPU": "pentium", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "RuntimeWarning: HALFBYTE_CPU" in done.stderr
     env["HALFBYTE_CPU"] = "ref"

@@ -92,6 +92,7 @@ def test_control_group_1_without_limit(tmp_path):
     assert available_memory(machine(tmp_path, cgroup="4:memory:/\n", **files)).nbytes == 8 * GIB
 
 
+@pytest.mark.no_asan(reason="its shadow memory needs terabytes of address space")
 def test_address_space_limit():
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"

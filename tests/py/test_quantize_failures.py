@@ -375,6 +375,7 @@ def folder_hash(folder):
     return digest.hexdigest()
 
 
+@pytest.mark.no_asan(reason="a time limit")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_leaves_nothing(number, code, tmp_path):
     make_llama(tmp_path / "m", layers=8)
