@@ -6,6 +6,7 @@ HALFBYTE_CUDA=0|1      never build the CUDA library / fail when it cannot be bui
 HALFBYTE_CUDA_ARCHS    e.g. "90;100": the GPU architectures to compile for
 """
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -61,54 +62,56 @@ LIBRARIES += [library(f"hb_{isa}", f"csrc/cpu/{isa}/*.c", flags) for isa, flags 
 
 
 def find_nvcc():
-    wish = os.environ.get("HALFBYTE_CUDA", "")
-    if wish == "0":
-        return None
+    """The CUDA compiler: of CUDA_HOME, on the path, or the one from PyPI (extra "build-cuda")."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which(
-        "nvcc", path=os.pathsep.join(filter(None, [home and home + "/bin", os.environ["PATH"]]))
-    )
-    if nvcc is None:
-        try:  # the toolkit from PyPI (extra "build-cuda")
-            import nvidia.cuda_nvcc as toolkit
+    folders = [home + "/bin"] if home else []
+    folders += os.environ.get("PATH", os.defpath).split(os.pathsep)
+    packages = importlib.util.find_spec("nvidia")
+    for root in packages.submodule_search_locations if packages else ():
+        folders += sorted(glob(f"{root}/cu*/bin"))
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
-            nvcc = shutil.which("nvcc", path=str(Path(next(iter(toolkit.__path__))) / "bin"))
-        except ImportError:
-            pass
-    if nvcc is None and wish == "1":
-        sys.exit(
-            "HALFBYTE_CUDA=1, but nvcc was not found (set CUDA_HOME, or pip install 'halfbyte[build-cuda]')"
-        )
-    return nvcc
+
+def cuda_plan():
+    """(nvcc, None) to build the CUDA library with, or (None, why it is not built)."""
+    wish = os.environ.get("HALFBYTE_CUDA", "")
+    nvcc, why = None, None
+    if wish == "0":
+        why = "HALFBYTE_CUDA=0"
+    elif not sources("cuda/*.cu"):
+        why = "this version has no CUDA sources"
+    elif (nvcc := find_nvcc()) is None:
+        why = "nvcc not found; set CUDA_HOME, or pip install 'halfbyte[build-cuda]'"
+    if wish == "1" and nvcc is None:
+        sys.exit(f"halfbyte: HALFBYTE_CUDA=1, but the CUDA library cannot be built: {why}")
+    return nvcc, why
 
 
 class BuildExt(build_ext):
     def run(self):
+        nvcc, why = cuda_plan()
+        archs = os.environ.get("HALFBYTE_CUDA_ARCHS", "75;80;86;89;90;100;120").split(";")
+        self.cuda = f"CPU only ({why})" if why else "CUDA for " + ", ".join(f"sm_{a}" for a in archs)
         if self.distribution.has_c_libraries():
             self.run_command("build_clib")  # build_ext --inplace alone would skip it
         super().run()
-        self.build_cuda(find_nvcc())
+        if nvcc:
+            self.build_cuda(nvcc, archs)
+        print(f"halfbyte: {self.cuda}", file=sys.stderr)
 
     def build_extension(self, ext):
         import numpy
         import tvm_ffi.libinfo
 
         ext.include_dirs += ["csrc", numpy.get_include(), tvm_ffi.libinfo.find_dlpack_include_path()]
+        ext.define_macros.append(("HB_BUILD_CUDA", f'"{self.cuda}"'))
         build_clib = self.get_finalized_command("build_clib")
         ext.library_dirs.append(build_clib.build_clib)
         ext.depends += [str(p) for p in Path(build_clib.build_clib).glob("libhb_*.a")]
         ext.depends += sources("csrc/**/*.h")
         super().build_extension(ext)
 
-    def build_cuda(self, nvcc):
-        cuda_sources = sources("cuda/*.cu")
-        if nvcc is None or not cuda_sources:
-            print(
-                "halfbyte: CPU only (%s)" % ("nvcc not found" if nvcc is None else "no CUDA sources"),
-                file=sys.stderr,
-            )
-            return
-        archs = os.environ.get("HALFBYTE_CUDA_ARCHS", "75;80;86;89;90;100;120").split(";")
+    def build_cuda(self, nvcc, archs):
         target = Path(self.get_ext_fullpath("halfbyte._C")).parent / "libhalfbyte_cuda.so"
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         flags = [
@@ -119,9 +122,8 @@ class BuildExt(build_ext):
             "-Icsrc",
             "-Icuda",
         ]
-        command = [nvcc, "-shared", *flags, *gencode, *cuda_sources, "-o", str(target)]
+        command = [nvcc, "-shared", *flags, *gencode, *sources("cuda/*.cu"), "-o", str(target)]
         subprocess.run(command, check=True, cwd=ROOT)
-        print(f"halfbyte: CUDA for sm_{', sm_'.join(archs)} with {nvcc}", file=sys.stderr)
 
 
 # A group, because the reference folder and the core call each other's tables.

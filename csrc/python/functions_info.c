@@ -5,6 +5,10 @@
 
 #include "core/cpu.h"
 
+#ifndef HB_BUILD_CUDA
+#define HB_BUILD_CUDA "CPU only"
+#endif
+
 #define STRING(x)    #x
 #define AS_STRING(x) STRING(x)
 
@@ -46,7 +50,7 @@ static PyObject *get_num_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
 PyDoc_STRVAR(build_info_doc,
              "build_info($module, /)\n--\n\n"
              "{\"compiler\": str, \"isas\": list[str], \"dlpack\": str, \"numpy_target\": str, "
-             "\"sanitize\": bool}.");
+             "\"sanitize\": bool, \"cuda\": str}. cuda says for which GPUs, or why for none.");
 
 static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
@@ -74,9 +78,10 @@ static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ign
 #else
     PyObject *sanitize = Py_False;
 #endif
-    return Py_BuildValue("{s:s, s:N, s:s, s:s, s:O}", "compiler", compiler, "isas", isas, "dlpack",
-                         AS_STRING(DLPACK_MAJOR_VERSION) "." AS_STRING(DLPACK_MINOR_VERSION),
-                         "numpy_target", hb_numpy_target(), "sanitize", sanitize);
+    return Py_BuildValue(
+        "{s:s, s:N, s:s, s:s, s:O, s:s}", "compiler", compiler, "isas", isas, "dlpack",
+        AS_STRING(DLPACK_MAJOR_VERSION) "." AS_STRING(DLPACK_MINOR_VERSION), "numpy_target",
+        hb_numpy_target(), "sanitize", sanitize, "cuda", HB_BUILD_CUDA);
 }
 
 PyMethodDef hb_functions_info[] = {
