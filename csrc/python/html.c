@@ -1,11 +1,21 @@
 // The table that notebooks show: plain HTML, escaped, no script, no style but alignment.
 #include "python/object.h"
 
+static PyObject *with_commas(PyObject *number)
+{
+    PyObject *format = PyUnicode_FromString(",");
+    PyObject *text = format == NULL ? NULL : PyObject_Format(number, format);
+    Py_XDECREF(format);
+    return text;
+}
+
 static PyObject *escape(PyObject *text)
 {
     static const char *const pairs[][2] = {
         {"&", "&amp;"}, {"<", "&lt;"}, {">", "&gt;"}, {"\"", "&quot;"}};
-    PyObject *escaped = PyObject_Str(text);
+    // Whole numbers get separators of thousands; True and False, which are whole numbers too, do
+    // not.
+    PyObject *escaped = PyLong_CheckExact(text) ? with_commas(text) : PyObject_Str(text);
     for (size_t i = 0; escaped != NULL && i < sizeof pairs / sizeof *pairs; i++) {
         PyObject *next = PyObject_CallMethod(escaped, "replace", "ss", pairs[i][0], pairs[i][1]);
         Py_SETREF(escaped, next);
@@ -33,17 +43,6 @@ PyObject *hb_html_table(const char *title, hb_html_row *rows, int count)
     PyObject *result = PyUnicode_FromFormat("%U</tbody></table>", html);
     Py_DECREF(html);
     return result;
-}
-
-PyObject *hb_html_count(int64_t number)
-{
-    PyObject *value = PyLong_FromLongLong(number);
-    if (value == NULL) return NULL;
-    PyObject *format = PyUnicode_FromString(",");
-    PyObject *text = format == NULL ? NULL : PyObject_Format(value, format);
-    Py_XDECREF(format);
-    Py_DECREF(value);
-    return text;
 }
 
 PyObject *hb_text_decimal(double number, const char *unit)

@@ -257,7 +257,7 @@ static PyObject *int8params_repr_html(PyObject *op, PyObject *Py_UNUSED(ignored)
         {"quant type", PyUnicode_FromString("int8, one scale per row")},
         {"block size", PyLong_FromLongLong(self->shape[1])},
         {"dtype", get_dtype(op, NULL)},
-        {"bytes", hb_html_count(bytes)},
+        {"bytes", PyLong_FromLongLong(bytes)},
         {"bits per parameter", hb_text_decimal(bits_per_param(self), "")},
         {"compression", hb_text_decimal(bytes == 0 ? 1.0 : dense / (double)bytes, "x")},
     };

@@ -84,10 +84,9 @@ typedef struct {
     const char *label;
     PyObject *value; // owned; released by hb_html_table
 } hb_html_row;
-// <table> without scripts or styles from outside; text is escaped. NULL when a value was NULL.
+// <table> without scripts or styles from outside; text is escaped, whole numbers become
+// "1,234,567". NULL when a value was NULL.
 PyObject *hb_html_table(const char *title, hb_html_row *rows, int count);
-// "1,234,567".
-PyObject *hb_html_count(int64_t number);
 // "7.11x": two decimals and a unit.
 PyObject *hb_text_decimal(double number, const char *unit);
 

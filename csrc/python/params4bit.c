@@ -458,7 +458,7 @@ static PyObject *params4_repr_html(PyObject *op, PyObject *Py_UNUSED(ignored))
         {"block size", get_blocksize(op, NULL)},
         {"dtype", get_dtype(op, NULL)},
         {"double quantization", PyUnicode_FromString(is_nested(tensor) ? "yes" : "no")},
-        {"bytes", hb_html_count(bytes)},
+        {"bytes", PyLong_FromLongLong(bytes)},
         {"bits per parameter", hb_text_decimal(bits_per_param(tensor), "")},
         {"compression", hb_text_decimal(bytes == 0 ? 1.0 : dense / (double)bytes, "x")},
     };

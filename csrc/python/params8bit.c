@@ -290,7 +290,7 @@ static PyObject *params8_repr_html(PyObject *op, PyObject *Py_UNUSED(ignored))
         {"quant type", PyUnicode_FromString("8 bits, 256-entry map")},
         {"block size", get_blocksize(op, NULL)},
         {"dtype", get_dtype(op, NULL)},
-        {"bytes", hb_html_count(bytes)},
+        {"bytes", PyLong_FromLongLong(bytes)},
         {"bits per parameter", hb_text_decimal(bits_per_param(self), "")},
         {"compression", hb_text_decimal(bytes == 0 ? 1.0 : dense / (double)bytes, "x")},
     };

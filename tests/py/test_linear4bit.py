@@ -103,6 +103,7 @@ def test_properties_and_descriptions():
     assert (
         text == "Linear4bit(nf4, in_features=96, out_features=24, blocksize=64, bias=True, compute=bfloat16)"
     )
+    assert f"{layer.weight.nbytes:,}</td>" in layer._repr_html_()
     assert layer._repr_html_().count("<tr>") == layer._repr_html_().count("</tr>") == 6
     with pytest.raises(AttributeError):
         layer.bias = None
