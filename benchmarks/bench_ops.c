@@ -29,6 +29,7 @@ typedef struct {
     float *scales; // [copies][blocks or rows]
     int64_t n_scales;
     void *x, *y; // [MAX_ROWS, SIZE] float32
+    float map[256];
 } setup;
 
 static bool open_setup(setup *s, check *c, int64_t weight_bytes, int64_t n_scales)
@@ -68,6 +69,20 @@ static hb_tensor4 tensor4_of(const setup *s, int copy)
                         .absmax = s->scales + i * s->n_scales};
 }
 
+// The same with nested scales: the bytes of the float32 scales serve as codes.
+static hb_tensor4 nested4_of(setup *s, int copy)
+{
+    hb_tensor4 w = tensor4_of(s, copy);
+    hb_map8_fill(HB_MAP_DYNAMIC, s->map);
+    w.absmax_codes = (const uint8_t *)w.absmax;
+    w.absmax = NULL;
+    w.nested_absmax = s->scales;
+    w.nested_map = s->map;
+    w.nested_blocksize = 256;
+    w.nested_offset = 0.02f;
+    return w;
+}
+
 static const char *title(const char *format, int64_t rows, const char *what)
 {
     static char text[80];
@@ -88,6 +103,13 @@ static void bench_linear4(setup *s, hb_compute compute)
         const int64_t m = row_counts[i];
         const double bytes = m <= 4 ? weight : 0, operations = 2.0 * (double)m * ELEMENTS;
         hb_view x = view_of(s->x, io, m, SIZE), y = view_of(s->y, io, m, SIZE);
+        if (m == 1)
+            CHECK_BENCH(c, b, title("linear_4bit nf4 nested %d rows %s cold", m, hb_dtype_name(io)),
+                        s->weight_bytes + s->n_scales, operations)
+            {
+                hb_tensor4 w = nested4_of(s, b.copy);
+                (void)hb_linear_4bit(c->context, &x, &w, NULL, compute, &y, &error);
+            }
         CHECK_BENCH(c, b, title("linear_4bit nf4 %d rows %s cold", m, hb_dtype_name(io)), bytes,
                     operations)
         {

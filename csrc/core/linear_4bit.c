@@ -62,7 +62,8 @@ static int64_t least(int64_t a, int64_t b)
 // ---- weights ----------------------------------------------------------------------------------
 
 // Scales of columns [column, column + n * blocksize) of one row, one per `blocksize` columns.
-static void expand_scales(const product *p, int64_t row, int64_t column, int64_t n, float *scales)
+static void expand_row_scales(const product *p, int64_t row, int64_t column, int64_t n,
+                              float *scales)
 {
     const hb_tensor4 *w = p->w;
     int64_t start = row * w->depth + column;
@@ -73,6 +74,18 @@ static void expand_scales(const product *p, int64_t row, int64_t column, int64_t
     // Copied within the same array, from the end: a scale's source never lies behind its place.
     for (int64_t i = n - 1; i >= 0; i--)
         scales[i] = scales[(start + i * p->blocksize) / w->blocksize - first];
+}
+
+// Scales of all columns of n_rows rows, [n_rows, depth / blocksize].
+static void expand_scales(const product *p, int64_t row, int64_t n_rows, float *scales)
+{
+    const int64_t stride = p->w->depth / p->blocksize;
+    if (p->blocksize == p->w->blocksize) { // rows follow one another in the stored scales too
+        hb_expand_absmax(p->context, p->w, row * stride, n_rows * stride, scales);
+        return;
+    }
+    for (int64_t r = 0; r < n_rows; r++)
+        expand_row_scales(p, row + r, 0, stride, scales + r * stride);
 }
 
 // Rows [row, ..) and columns [column, ..) of W; scales (expanded, or NULL) begin at that row and at
@@ -163,8 +176,7 @@ static void dot_chunks(void *arg, int64_t begin, int64_t end, int lane)
     int64_t at_once = p->expand ? DOT_SCALE_ROWS : DOT_CHUNK_ROWS;
     for (int64_t row = begin * DOT_CHUNK_ROWS; row < row_end; row += at_once) {
         int64_t n_rows = least(at_once, row_end - row);
-        for (int64_t r = 0; p->expand && r < n_rows; r++)
-            expand_scales(p, row + r, 0, stride, scales + r * stride);
+        if (p->expand) expand_scales(p, row, n_rows, scales);
         hb_matrix4 block = block_of(p, row, 0, scales, stride, 0);
         dot_rows(p, &block, row, n_rows, sums);
     }
@@ -200,7 +212,7 @@ static void decode_panel(const product *p, int64_t out, int64_t n_out, int64_t s
     } else if (p->backward) {
         int64_t n_scales = hb_ceil_div(n_out, p->blocksize);
         for (int64_t r = 0; p->expand && r < n_steps; r++)
-            expand_scales(p, step + r, out, n_scales, scales + r * n_scales);
+            expand_row_scales(p, step + r, out, n_scales, scales + r * n_scales);
         hb_matrix4 block = block_of(p, step, out, scales, n_scales, out);
         p->set->decode_cols(&block, n_steps, n_out, panel);
     } else {
@@ -219,11 +231,7 @@ static void multiply_panel(const product *p, int64_t out, int64_t tile_begin, in
     int64_t n_out = least(cols, p->outputs - out);
     int64_t tile_sums = set->tile_rows * cols;
 
-    if (p->expand && !p->backward && p->blocksize > 0) {
-        int64_t stride = p->steps / p->blocksize;
-        for (int64_t r = 0; r < n_out; r++)
-            expand_scales(p, out + r, 0, stride, scales + r * stride);
-    }
+    if (p->expand && !p->backward && p->blocksize > 0) expand_scales(p, out, n_out, scales);
     if (p->steps == 0)
         memset(sums, 0, (size_t)((tile_end - tile_begin) * tile_sums) * sizeof(float));
     for (int64_t step = 0; step < p->steps; step += set->panel_steps) {

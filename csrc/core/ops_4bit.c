@@ -206,14 +206,20 @@ hb_status hb_nest_absmax(hb_context *context, const float *absmax, int64_t n,
 void hb_expand_absmax(const hb_context *context, const hb_tensor4 *w, int64_t first, int64_t n,
                       float *absmax)
 {
-    (void)context;
+    if (n <= 0) return;
     if (w->absmax != NULL) {
-        if (n > 0) memcpy(absmax, w->absmax + first, (size_t)n * sizeof *absmax);
+        memcpy(absmax, w->absmax + first, (size_t)n * sizeof *absmax);
         return;
     }
-    for (int64_t i = 0; i < n; i++) {
-        float scaled = w->nested_map[w->absmax_codes[first + i]] *
-                       w->nested_absmax[(first + i) / w->nested_blocksize];
-        absmax[i] = scaled + w->nested_offset; // two roundings: the product is not fused
-    }
+    // Up to the next nested block, then the rest in one call.
+    const int64_t inside = first % w->nested_blocksize;
+    const int64_t head = inside == 0 ? 0 : hb_min_i64(w->nested_blocksize - inside, n);
+    const float *nested = w->nested_absmax + first / w->nested_blocksize;
+    const uint8_t *codes = w->absmax_codes + first;
+    hb_decode8_fn *decode = context->kernels.codec.decode8[HB_F32];
+    if (head > 0) decode(codes, head, w->nested_map, w->nested_blocksize, nested, absmax, false);
+    if (n > head)
+        decode(codes + head, n - head, w->nested_map, w->nested_blocksize, nested + (head > 0),
+               absmax + head, false);
+    for (int64_t i = 0; i < n; i++) absmax[i] += w->nested_offset; // rounded apart from the product
 }
