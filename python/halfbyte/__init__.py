@@ -23,6 +23,7 @@ if _TYPE_CHECKING:
     from halfbyte._C import get_num_threads as get_num_threads
     from halfbyte._C import set_num_threads as set_num_threads
     from halfbyte.checkpoint import quantize as quantize
+    from halfbyte.integrations.transformers import HalfbyteConfig as HalfbyteConfig
     from halfbyte.loading import load as load
     from halfbyte.shim import install as install
     from halfbyte.shim import uninstall as uninstall
@@ -37,6 +38,7 @@ _EXPORTS = {name: f"halfbyte._C:{name}" for name in _FROM_C} | {
     "install": "halfbyte.shim:install",
     "uninstall": "halfbyte.shim:uninstall",
     "load": "halfbyte.loading:load",
+    "HalfbyteConfig": "halfbyte.integrations.transformers:HalfbyteConfig",
     "quantize": "halfbyte.checkpoint:quantize",
 }
 __all__ = list(_EXPORTS)

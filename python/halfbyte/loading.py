@@ -1,7 +1,8 @@
 """`halfbyte.load`: a transformers model in 4 or 8 bits, after asking whether it fits.
 
-The model is loaded by transformers itself, with halfbyte in the place of bitsandbytes. Before that the bytes it
-will take are computed from the headers of the checkpoint and compared with the memory that is available.
+The model is loaded by transformers itself, with halfbyte in the place of bitsandbytes, or, when a HalfbyteConfig is
+given or the folder was saved with one, as a quantizer of its own. Before that the bytes it will take are computed from
+the headers of the checkpoint and compared with the memory that is available.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,8 +48,10 @@ def load(
     ----------
     path : path
         Model folder, or ORG/NAME in the local Hugging Face cache; dense or already quantized.
-    quantization_config : BitsAndBytesConfig, dict, "nf4", "fp4", "int8" or None
+    quantization_config : BitsAndBytesConfig, HalfbyteConfig, dict, "nf4", "fp4", "int8" or None
         As for `from_pretrained`; a dict holds the arguments of BitsAndBytesConfig. None: as the checkpoint is.
+        With a HalfbyteConfig nothing stands in for bitsandbytes, and a folder that is quantized already is loaded by
+        halfbyte's own quantizer, with the folder's settings.
     device_map : optional
         As for `from_pretrained`. Memory is checked where all of the model goes to the CPU.
     context : int
@@ -72,17 +76,21 @@ def load(
     TypeError
         A quantization_config of another kind.
     """
-    install()
-    import transformers
-
-    config = _bits_and_bytes_config(quantization_config)
     with open_model(path) as model:
         if model.config is None:
             raise CheckpointError("E401", f"'config.json' is missing in {model.root}")
+        config = _configure(quantization_config, model.config)
         if check_memory and _on_cpu(device_map):
             plan = plan_of(model, context, 1, available_memory())
             plan.require(_route(config, model, plan))
         folder = os.fspath(model.root)
+        if _is_native(config) and model.config.get("quantization_config"):
+            from halfbyte.integrations.transformers import native_config
+
+            kwargs["config"] = native_config(folder)
+            config = None
+    import transformers
+
     if config is not None:
         kwargs["quantization_config"] = config
     if device_map is not None:
@@ -90,6 +98,27 @@ def load(
     loader = auto_class or transformers.AutoModelForCausalLM
     with _large_blocks_returned():
         return loader.from_pretrained(folder, **kwargs)
+
+
+def _is_native(config: Any) -> bool:
+    """Whether a configuration is a HalfbyteConfig; asked before anything may import transformers."""
+    module = sys.modules.get("halfbyte.integrations.transformers")
+    return module is not None and isinstance(config, module.HalfbyteConfig)
+
+
+def _configure(value: Any, folder: Mapping[str, Any]) -> Any:
+    """The configuration to load with; afterwards transformers finds all it needs for it."""
+    if _is_native(value):
+        return value
+    saved = folder.get("quantization_config")
+    if isinstance(saved, Mapping) and saved.get("quant_method") == "halfbyte":
+        from halfbyte.integrations import transformers as _registered  # noqa: F401
+
+        if value is not None:
+            raise ValueError("load: quantization_config must be None for a model that halfbyte has quantized")
+        return None
+    install()
+    return _bits_and_bytes_config(value)
 
 
 def _bits_and_bytes_config(value: Any) -> Any:
@@ -106,8 +135,8 @@ def _bits_and_bytes_config(value: Any) -> Any:
     if value is None or isinstance(value, BitsAndBytesConfig):
         return value
     raise TypeError(
-        "load: quantization_config must be a BitsAndBytesConfig, a dict, 'nf4', 'fp4', 'int8' or None, "
-        f"got {type(value).__name__}"
+        "load: quantization_config must be a BitsAndBytesConfig, a HalfbyteConfig, a dict, 'nf4', 'fp4', "
+        f"'int8' or None, got {type(value).__name__}"
     )
 
 
@@ -125,6 +154,8 @@ def _route(config: Any, model: ModelFolder, plan: Any) -> str:
     names = [route.name for route in plan.routes]
     if len(names) == 1 or config is None:
         return names[0]
+    if _is_native(config):
+        return "nf4 + double quantization" if config.double_quant else config.format.replace("fp4", "nf4")
     if config.load_in_8bit:
         return "int8"
     if not config.load_in_4bit:

@@ -55,7 +55,7 @@ def test_c_includes_point_downward(path):
 
 
 # Where torch and the packages that need it may be imported when a module is loaded.
-TORCH_FOLDERS = ("python/halfbyte/torch", "python/halfbyte/bitsandbytes", "python/halfbyte/transformers")
+TORCH_FOLDERS = ("python/halfbyte/torch", "python/halfbyte/bitsandbytes", "python/halfbyte/integrations/")
 NEEDS_TORCH = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl"}
 # A module of this part of the package -> parts that it never imports, not even later in a function.
 NEVER = {

@@ -153,5 +153,5 @@ def test_every_operator_has_a_fake_and_a_kernel():
     assert names == {
         "quantize_4bit", "dequantize_4bit", "nest_absmax", "linear_4bit", "linear_4bit_grad_input", "quantize_8bit",
         "dequantize_8bit", "quantize_rows_int8", "dequantize_rows_int8", "matmul_int8", "linear_8bit",
-        "linear_8bit_grad_input",
+        "linear_8bit_grad_input", "grouped_linear_4bit", "grouped_linear_8bit",
     }  # fmt: skip

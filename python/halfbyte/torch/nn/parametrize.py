@@ -55,7 +55,7 @@ def replace_parameter_4bit(
     packed, state = quantize_4bit(
         original.data, blocksize=blocksize, compress_statistics=compress_statistics, quant_type=quant_type
     )
-    _register(module, param_name, packed, state)
+    register_quantized(module, param_name, packed, state)
 
 
 def replace_parameter_4bit_prequantized(
@@ -79,7 +79,7 @@ def replace_parameter_4bit_prequantized(
     """
     original = _parameter(module, param_name)
     state = QuantState.from_dict(qs_dict, device=device)
-    _register(module, param_name, original.data.to(device), state)
+    register_quantized(module, param_name, original.data.to(device), state)
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
@@ -91,7 +91,8 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _register(module: nn.Module, name: str, packed: Tensor, state: QuantState) -> None:
+def register_quantized(module: nn.Module, name: str, packed: Tensor, state: QuantState) -> None:
+    """Let `module.<name>` stand for the tensor that `packed` and `state` encode; in place."""
     setattr(module, name, nn.Parameter(packed, requires_grad=False))
     # unsafe: torch would check that the parametrization keeps dtype and shape, which is not its job here.
     parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)

@@ -1,0 +1,1 @@
+"""halfbyte inside other libraries; each module is imported by whoever uses that library."""
