@@ -172,24 +172,33 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             self.initialized = True
         calls: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        overridden = bool(self.mng.index2config or self.mng.pid2config)
         for gindex, group in enumerate(self.param_groups):
+            alike: dict[
+                tuple[int, ...], list[tuple[Any, ...]]
+            ] = {}  # parameters of one call, by maps and step
             for pindex, p in enumerate(group["params"]):
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.is_sparse:
+                if grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-                if not self.state[p]:
-                    self.init_state(group, p, gindex, pindex)
                 state = self.state[p]
+                if not state:
+                    self.init_state(group, p, gindex, pindex)
                 state["step"] += 1
-                scalars = self.schedule(self.get_config(gindex, pindex, group), state["step"])
                 target = p
                 if not p.is_contiguous():
                     target = p.contiguous()
                     copies.append((p, target))
-                calls[(id(state.get("qmap1")), id(state.get("qmap2")), *scalars.items())].append(
-                    (target, p.grad, state)
-                )
+                maps = state.get("qmap1"), state.get("qmap2")
+                short = (id(maps[0]), id(maps[1]), state["step"])
+                entries = None if overridden else alike.get(short)
+                if entries is None:
+                    scalars = self.schedule(self.get_config(gindex, pindex, group), state["step"])
+                    entries = calls[(*short[:2], *scalars.items())]
+                    alike[short] = entries
+                entries.append(self._entry(target, grad, state))
         for key, entries in calls.items():
             self._call(dict(key[2:]), entries)
         for p, stepped in copies:
@@ -206,28 +215,21 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         target = p.contiguous()
         scalars = self.schedule(self.get_config(gindex, pindex, group), state["step"])
-        self._call(scalars, [(target, p.grad, state)])
+        self._call(scalars, [self._entry(target, p.grad, state)])
         if target.data_ptr() != p.data_ptr():
             p.copy_(target)
 
+    @staticmethod
+    def _entry(p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any]) -> tuple[Any, ...]:
+        """What `_call` needs of a parameter: the tensors of `_C.optimizer_step`, and its maps."""
+        get = state.get
+        arrays = (p, grad, state["state1"], get("state2"), get("absmax1"), get("absmax2"), get("unorm_vec"))
+        return (*arrays, state["step"]), get("qmap1"), get("qmap2")
+
     def _call(self, scalars: dict[str, Any], entries: list[tuple[Any, ...]]) -> None:
-        tensors = [
-            (
-                p,
-                grad,
-                state["state1"],
-                state.get("state2"),
-                state.get("absmax1"),
-                state.get("absmax2"),
-                state.get("unorm_vec"),
-                state["step"],
-            )
-            for p, grad, state in entries
-        ]
-        state = entries[0][2]
-        _C.optimizer_step(
-            self.algorithm, tensors, map1=state.get("qmap1"), map2=state.get("qmap2"), **scalars
-        )
+        _, map1, map2 = entries[0]
+        tensors = [entry[0] for entry in entries]
+        _C.optimizer_step(self.algorithm, tensors, map1=map1, map2=map2, **scalars)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
