@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from halfbyte.errors import CheckpointError
 from halfbyte.evaluation import compare, generate, generation_speed, load_float32, token_windows
 
 # name in the table -> arguments of halfbyte.quantize
@@ -106,6 +107,12 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.model_max_length = sys.maxsize  # the text is cut into windows afterwards
     ids = token_windows(tokenizer, text, window=window, max_tokens=max_tokens)
+    if len(ids) < 2:
+        raise CheckpointError(
+            "E403",
+            f"the text has one window of {window} tokens, expected two or more: a standard error needs them",
+            fix="give a longer text, or a smaller --window",
+        )
     prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
 
     def measure(name: str, folder: Path, linear_bytes: int) -> dict[str, Any]:

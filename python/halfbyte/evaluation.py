@@ -22,6 +22,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -99,8 +101,10 @@ def token_windows(
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens]
     windows = len(ids) // window
     if windows == 0:
-        raise ValueError(
-            f"token_windows: text has {len(ids)} tokens, expected at least one window of {window}"
+        raise CheckpointError(
+            "E403",
+            f"token_windows: text has {len(ids)} tokens, expected at least one window of {window}",
+            fix="give a longer text, or a smaller --window",
         )
     return torch.tensor(ids[: windows * window], dtype=torch.int64).reshape(windows, window)
 

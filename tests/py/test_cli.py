@@ -58,6 +58,16 @@ def test_each_verb_has_help(verb, capsys):
     text = capsys.readouterr().out
     assert f"usage: halfbyte {verb}" in text
     assert verb == "run" or "--json" in text
+    assert "\nexample" in text and f"\n  halfbyte {verb} " in text
+    assert max(map(len, text.splitlines())) <= 115
+
+
+def test_help_documents_every_exit_code(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for code in ("0", "1", "2", "3", "4", "5", "6", "7", "130, 143"):
+        assert f"\n  {code}  " in text
 
 
 def test_every_verb_has_a_module():
@@ -95,6 +105,48 @@ def test_error_format(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"error[HB-E401]: '{tmp_path / 'none'}' does not exist\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "match"),
+    [
+        (["inspect", "{none}"], "E401", "does not exist"),
+        (["verify", "{none}"], "E401", "does not exist"),
+        (["plan", "{none}"], "E401", "does not exist"),
+        (["eval", "{model}", "{none}", "--text", "{text}"], "E401", "does not exist"),
+        (["eval", "{none}", "{model}", "--text", "{text}"], "E401", "does not exist"),
+        (["eval", "{model}", "{model}", "--text", "{none}"], "E402", "No such file"),
+        (["eval", "{model}", "{model}", "--text", "{weights}"], "E403", "not UTF-8"),
+        (["demo", "{none}", "--text", "{text}"], "E401", "does not exist"),
+        (["demo", "{model}", "--text", "{weights}"], "E403", "not UTF-8"),
+        (["inspect", "{model}/config.json"], "E401", "neither a model folder"),
+        (["quantize", "{model}", "--to", "nf4", "-o", "{model}/inside"], "E202", "inside the source"),
+        (["quantize", "{model}", "--to", "nf4", "-o", "{text}/x"], "E402", "cannot make"),
+        (["quantize", "{model}", "--to", "nf4"], "E203", "out is missing"),
+        (["quantize", "no-such/model", "--to", "nf4", "-o", "{none}"], "E401", "Hugging Face cache"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_wrong_paths_are_named(arguments, code, match, tmp_path, capsys):
+    """Every verb, before anything heavy is imported: a message with the path, no traceback."""
+    make_llama(tmp_path / "m")
+    (tmp_path / "text").write_text("some words")
+    places = {
+        "none": tmp_path / "none",
+        "model": tmp_path / "m",
+        "text": tmp_path / "text",
+        "weights": tmp_path / "m" / "model.safetensors",
+    }
+    before = sorted(os.listdir(tmp_path / "m"))
+    assert main([a.format(**places) for a in arguments]) == int(code[1])
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error[HB-{code}]: ") and match in err
+    assert sorted(os.listdir(tmp_path / "m")) == before
+
+
+def test_json_without_nan(capsys):
+    main_module.print_json({"a": float("nan"), "b": [1.5, (float("nan"),)]})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, [None]]}
 
 
 def test_error_as_json(tmp_path, capsys):

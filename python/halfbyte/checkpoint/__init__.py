@@ -158,7 +158,7 @@ def quantize(
     if n_threads < 1:
         raise CheckpointError("E203", f"quantize: threads must be at least 1, got {threads}")
     if out is None and not dry_run:
-        raise CheckpointError("E203", "quantize: out is missing")
+        raise CheckpointError("E203", "quantize: out is missing", fix="-o FOLDER, or --dry-run")
     target = None if out is None else Path(os.path.abspath(out))
     with open_model(source) as model:
         plan = make_plan(model, options)

@@ -27,6 +27,13 @@ def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
         raise CheckpointError(
             "E202", f"the output '{out}' is the source, or contains it", fix="choose another -o"
         )
+    if source in real.parents:
+        raise CheckpointError(
+            "E202",
+            f"the output '{out}' is inside the source",
+            ["the source is only read"],
+            "choose another -o",
+        )
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():

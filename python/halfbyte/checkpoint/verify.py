@@ -20,8 +20,12 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The document of `halfbyte verify --json`, schema "halfbyte.verify/1".
 
     `problems` is a list of sentences, empty when all is well. A folder without manifest is checked for its
-    headers and parts only, and `manifest` is false.
+    headers and parts only, and `manifest` is false. Raises CheckpointError E401 when there is no such folder.
     """
+    if not os.path.exists(folder):
+        raise CheckpointError(
+            "E401", f"'{os.fspath(folder)}' does not exist", fix="give the checkpoint's folder"
+        )
     problems: list[str] = []
     weights = []
     name = os.path.basename(os.path.abspath(folder))

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _UNITS = {
@@ -40,6 +41,27 @@ def positive(text: str) -> int:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file, or a CheckpointError with its name and the place that is not UTF-8."""
+    from halfbyte.errors import CheckpointError
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            "E403", f"'{path}' is not UTF-8 text (byte {error.start:,})", fix="give a text file"
+        ) from error
+
+
+def folder_of(model: str) -> Path:
+    """The folder of a checkpoint that can be opened; CheckpointError with file and cause otherwise."""
+    from halfbyte.formats.folder import open_model
+
+    with open_model(model) as opened:
+        return opened.root
 
 
 class ProgressBar:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from halfbyte.cli.arguments import add_json, positive
+from halfbyte.cli.arguments import add_json, folder_of, positive, read_text
+
+EPILOG = """\
+Both models read the same text in float32. KL divergence: how far the predictions moved, in nats per token; the
+yardstick. NLL change: what it cost on this text. The errors are standard errors over windows. Needs torch and
+transformers. Exit code 7 with --max-kl: the model is worse than that.
+
+example:
+  halfbyte eval MODEL OUT --text book.txt --max-kl 0.1
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +33,13 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.cli.demo import quiet_transformers
     from halfbyte.cli.main import print_json
 
+    text = read_text(args.text)
+    original, model = folder_of(args.original), folder_of(args.model)
     quiet_transformers()
     halfbyte.install()
     from halfbyte.evaluation import compare
 
-    text = Path(args.text).read_text(encoding="utf-8")
-    result = compare(args.original, args.model, text, window=args.window, max_tokens=args.max_tokens)
+    result = compare(original, model, text, window=args.window, max_tokens=args.max_tokens)
     if args.json:
         print_json({"schema": "halfbyte.eval/1", **result.to_dict()})
     else:

@@ -6,6 +6,13 @@ import argparse
 
 from halfbyte.cli.arguments import add_json
 
+EPILOG = """\
+Reads the headers only. Quantized are weights in the bitsandbytes layout (nf4, fp4, int8); bits count the scales.
+
+example:
+  halfbyte inspect OUT --tensors
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder or .safetensors file")

@@ -32,6 +32,28 @@ _VERBS = {
 }
 
 
+_EXIT_CODES = """\
+exit codes:
+  0  done
+  1  an error of halfbyte itself (a traceback follows)
+  2  wrong usage, or an output folder that is in the way
+  3  something is not installed, or a kernel is wrong here (doctor)
+  4  bad input: a checkpoint is missing, broken, hostile, or of a kind that is not read
+  5  not enough memory or disk
+  6  another run writes the same output
+  7  a check failed (verify, demo, eval --max-kl)
+  130, 143  interrupted, terminated; unfinished output was removed
+run ends with the code of the script.
+
+examples:
+  halfbyte plan MODEL                              does it fit?
+  halfbyte quantize MODEL -o OUT --to nf4          write it in 4 bits
+  halfbyte verify OUT                              is it what was written?
+  halfbyte run train.py                            a bitsandbytes script, unchanged
+`halfbyte VERB --help` explains one verb. Results go to stdout, progress and errors to stderr.
+"""
+
+
 class Terminated(BaseException):
     """SIGTERM, as an exception, so that half-written output is removed."""
 
@@ -44,13 +66,23 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     """The overview, with an empty subparser for each verb; `verb`'s own module adds its arguments to it."""
-    parser = _Parser(prog="halfbyte", description="Large language models in 4 and 8 bits.")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="halfbyte",
+        description="Large language models in 4 and 8 bits.",
+        epilog=_EXIT_CODES,
+        formatter_class=raw,
+    )
     parser.add_argument("--version", action="version", version=f"halfbyte {halfbyte.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (line, module) in _VERBS.items():
-        subparser = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
+        subparser = verbs.add_parser(
+            name, help=line, description=line[0].upper() + line[1:] + ".", formatter_class=raw
+        )
         if name == verb:
-            import_module(f"halfbyte.cli.{module}").add_arguments(subparser)
+            loaded = import_module(f"halfbyte.cli.{module}")
+            subparser.epilog = loaded.EPILOG
+            loaded.add_arguments(subparser)
     return parser
 
 
@@ -126,7 +158,16 @@ def print_json(document: dict[str, Any]) -> None:
     """The one JSON document of a run, on stdout."""
     import json
 
-    print(json.dumps(document, indent=2))
+    print(json.dumps(_without_nan(document), indent=2))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 if __name__ == "__main__":

@@ -6,6 +6,15 @@ import argparse
 
 from halfbyte.cli.arguments import add_json, positive
 
+EPILOG = """\
+Bytes of the weights are exact, from the headers. The peak adds the runtime and the larger of keys and values
+(--context, --batch) and what is alive while loading. Available is what the kernel, a container's limit and
+`ulimit -v` allow. All formats are listed; exit code 0 whatever fits.
+
+example:
+  halfbyte plan MODEL --context 8192
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -6,6 +6,17 @@ import argparse
 
 from halfbyte.cli.arguments import ProgressBar, add_json, positive, size
 
+EPILOG = """\
+The linear layers are quantized that transformers' bitsandbytes integration would choose; everything else is
+copied. OUT appears when it is complete, or not at all. No torch is needed, memory does not grow with the model.
+
+examples:
+  halfbyte quantize MODEL -o OUT --to nf4 --double-quant
+  halfbyte quantize MODEL -o OUT --to nf4 --scales search         the same size, less loss
+  halfbyte quantize MODEL -o OUT --to int8 --skip '*.down_proj'
+  halfbyte quantize MODEL --to nf4 --dry-run --json               the size of every file, to the byte
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument

@@ -6,6 +6,14 @@ import argparse
 import os
 import sys
 
+EPILOG = """\
+The script runs as `python SCRIPT ...` would run it, after halfbyte.install(): transformers, PEFT, accelerate and
+TRL find a bitsandbytes, which is halfbyte. The exit code is the script's; 2 when there is no such file.
+
+example:
+  halfbyte run train.py --epochs 3
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("script", metavar="SCRIPT", help="Python file; it finds halfbyte as bitsandbytes")

@@ -6,6 +6,15 @@ import argparse
 
 from halfbyte.cli.arguments import add_json
 
+EPILOG = """\
+Compares the size and SHA-256 of every file with halfbyte-manifest.json, if there is one, and looks whether the
+parts of each quantized weight fit together and to config.json. Exit code 0: all is well; 7: the problems are
+listed; 4: there is no such folder.
+
+example:
+  halfbyte verify OUT --json
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder of a quantized checkpoint")
