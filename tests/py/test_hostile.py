@@ -373,7 +373,7 @@ print("end")
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_keyboard_interrupt_after_the_call():
     """Ctrl-C during a kernel: the call finishes, the exception comes right after it, the pool goes on working."""
-    x = RNG.standard_normal(2**22).astype(np.float32)
+    x = RNG.standard_normal(2**19).astype(np.float32)
     want = _C.quantize_4bit(x, scales="search")[0]
     timer = threading.Timer(0.02, lambda: os.kill(os.getpid(), signal.SIGINT))
     interrupted = False

@@ -308,6 +308,19 @@ def test_compiles_to_one_graph(nested, dtype):
         assert torch.equal(compiled(x), net(x))
 
 
+def test_compiles_once_for_all_batches():
+    torch.compiler.reset()
+    lin = layer(64)
+    lin(torch.randn(1, lin.in_features))  # the first call settles dtype and state
+    compiled = torch.compile(lin, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        compiled(torch.randn(3, 5, 64))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for shape in ((2, 7, 64), (9, 3, 64)):
+                x = torch.randn(shape)
+                assert torch.equal(compiled(x), lin(x))
+
+
 def test_checkpointed_and_compiled():
     torch.compiler.reset()
     lin = layer(64)

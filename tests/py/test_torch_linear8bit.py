@@ -226,6 +226,32 @@ def test_compiles_to_one_graph(bias, threshold, mode):
     assert torch.equal(*gradients)
 
 
+def test_compiles_once_for_all_batches():
+    torch.compiler.reset()
+    lin = layer(40, threshold=2.0)
+    lin(torch.randn(1, lin.in_features))  # the first call settles dtype and state
+    compiled = torch.compile(lin, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        compiled(torch.randn(3, 5, 40))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for shape in ((2, 7, 40), (9, 3, 40)):
+                x = torch.randn(shape)
+                assert torch.equal(compiled(x), lin(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_compiles_with_inductor(mode):
+    torch.compiler.reset()
+    net = torch.nn.Sequential(layer(40, threshold=2.0), torch.nn.ReLU(), layer(40)).train(mode == "train")
+    x = torch.randn(3, 40, requires_grad=True)
+    compiled = torch.compile(net, fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
+    (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    (expected,) = torch.autograd.grad(net(x).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
 # ---- functions ----
 
 
