@@ -224,10 +224,11 @@ int hb_arg_shape(const char *function, const char *name, PyObject *value, int *n
                      Py_TYPE(value)->tp_name);
         return -1;
     }
-    PyObject *sizes = PySequence_Fast(value, "shape is no sequence");
+    // A tuple of our own where it can change: __index__ of an item may empty a list.
+    PyObject *sizes = PyTuple_Check(value) ? Py_NewRef(value) : PySequence_Tuple(value);
     if (sizes == NULL) return -1;
     int rc = -1;
-    Py_ssize_t count = PySequence_Fast_GET_SIZE(sizes);
+    Py_ssize_t count = PyTuple_GET_SIZE(sizes);
     *numel = 1;
     if (count > HB_MAX_NDIM) {
         PyErr_Format(PyExc_ValueError, "%s: %s, expected at most %d dimensions, got %zd", function,
@@ -235,7 +236,7 @@ int hb_arg_shape(const char *function, const char *name, PyObject *value, int *n
         goto done;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        if (hb_arg_int64(function, name, PySequence_Fast_GET_ITEM(sizes, i), &shape[i]) < 0)
+        if (hb_arg_int64(function, name, PyTuple_GET_ITEM(sizes, i), &shape[i]) < 0)
             goto done;
         if (shape[i] < 0 || __builtin_mul_overflow(*numel, shape[i], numel)) {
             PyErr_Format(PyExc_ValueError,

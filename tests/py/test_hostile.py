@@ -217,26 +217,17 @@ def test_index_that_runs_python_code():
     assert (got == 1).all()
 
 
-class Shrinks(list):
-    """A shape that is emptied while it is read."""
-
+def test_shape_that_shrinks_while_it_is_read():
     class Size:
-        def __init__(self, owner):
-            self.owner = owner
-
         def __index__(self):
-            self.owner.clear()
+            shape.clear()
+            gc.collect()
             return 2
 
-
-def test_shape_that_shrinks_while_it_is_read():
     packed, absmax = _C.quantize_4bit(np.ones((2, 64), "f4"))
-    shape = Shrinks()
-    shape.extend([Shrinks.Size(shape), 64])
-    try:
+    shape = [Size(), Size(), 64]
+    with pytest.raises(ValueError, match="dequantize_4bit: packed, expected"):
         _C.dequantize_4bit(packed, absmax, "nf4", 64, shape)
-    except ALLOWED as error:
-        assert ": " in str(error)
 
 
 # ---- other threads ------------------------------------------------------------------------------------------------
@@ -376,14 +367,17 @@ def test_keyboard_interrupt_after_the_call():
     x = RNG.standard_normal(2**19).astype(np.float32)
     want = _C.quantize_4bit(x, scales="search")[0]
     timer = threading.Timer(0.02, lambda: os.kill(os.getpid(), signal.SIGINT))
-    interrupted = False
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    interrupted, end = False, time.monotonic() + 60
     try:
         timer.start()
-        for _ in range(10_000):
+        while time.monotonic() < end:
             _C.quantize_4bit(x, scales="search")
     except KeyboardInterrupt:
         interrupted = True
-    timer.join()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
     assert interrupted
     np.testing.assert_array_equal(_C.quantize_4bit(x, scales="search")[0], want)
 
