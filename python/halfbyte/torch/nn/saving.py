@@ -6,6 +6,8 @@
 the layout of bitsandbytes (see quant_state.py).
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -30,10 +32,32 @@ class Saves4bit(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = getattr(self.weight, "quant_state", None)
+        state = self._state_of_weight()
         if state is not None:
             for key, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def _state_of_weight(self) -> QuantState | None:
+        """The weight's statistics, also while FSDP2 has put a sharded tensor of packed codes in its place."""
+        weight = self.weight
+        state = getattr(weight, "quant_state", None)
+        if state is not None or isinstance(weight, Params4bit):
+            return state
+        packed = weight.dim() == 2 and weight.shape[1] == 1 and weight.shape != self._weight_shape()
+        return getattr(self, "quant_state", None) if packed else None
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint, which follows each dotted name of a state dict to its object.
+
+        A name that is found here is looked up in the attribute it stands for: FSDP2's sharded weight has no
+        `absmax` and the like, so `weight` is looked up in `_weight_with_statistics`.
+        """
+        sharded = not isinstance(self.weight, Params4bit) and self._state_of_weight() is not None
+        return {"weight": "_weight_with_statistics"} if sharded else {}
+
+    @property
+    def _weight_with_statistics(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=Params4bit(quant_state=self._state_of_weight(), bnb_quantized=True))
 
     def _load_from_state_dict(
         self,
