@@ -42,6 +42,7 @@ def program(variant):
         return str(reason)
 
 
+@pytest.mark.timeout(1800)  # the first case of a variant compiles it, which a busy machine takes its time for
 @pytest.mark.parametrize(("variant", "group", "isa"), list(cases()))
 def test_kernels(variant, group, isa):
     command = program(variant)
