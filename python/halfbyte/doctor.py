@@ -26,6 +26,12 @@ Outcome = tuple[str, str, str | None]
 
 # The oldest releases that are tested; older ones get a warning.
 _OLDEST = {"torch": (2, 4), "transformers": (4, 56), "accelerate": (1, 1), "peft": (0, 14), "numpy": (1, 24)}
+_NEEDED_FOR = {
+    "torch": "halfbyte.torch",
+    "transformers": "loading models (halfbyte.load, eval, demo)",
+    "accelerate": "loading models with device_map",
+    "peft": "training adapters",
+}
 _FORK_SECONDS = 10.0
 
 
@@ -60,6 +66,9 @@ class Diagnosis:
             lines.append(f"{check.status.upper():<5} {check.name:<26} {check.detail}")
             if check.fix:
                 lines.append(f"      {'':<26} fix: {check.fix}")
+        counts = {status: sum(c.status == status for c in self.checks) for status in (FAIL, WARN)}
+        found = [f"{n} {word}" for n, word in ((counts[FAIL], "failed"), (counts[WARN], "to look at")) if n]
+        lines.append(f"{len(self.checks)} checks: {', '.join(found) or 'all is well'}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -122,7 +131,7 @@ def _version(package: str, required: bool = False) -> Outcome:
     except importlib.metadata.PackageNotFoundError:
         if required:
             return FAIL, "not installed", f"pip install {package}"
-        return PASS, "not installed (needed only for its own part)", None
+        return PASS, f"not installed; only {_NEEDED_FOR[package]} needs it", None
     oldest = _OLDEST[package]
     numbers = tuple(int("".join(filter(str.isdecimal, part)) or 0) for part in version.split(".")[:2])
     if numbers < oldest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -76,6 +77,10 @@ def load(
     TypeError
         A quantization_config of another kind.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise ModuleNotFoundError(
+            "halfbyte.load needs transformers: pip install torch transformers accelerate", name="transformers"
+        )
     with open_model(path) as model:
         if model.config is None:
             raise CheckpointError("E401", f"'config.json' is missing in {model.root}")

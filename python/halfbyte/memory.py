@@ -153,7 +153,21 @@ class MemoryPlan:
         for row in rows:
             cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
             lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        lines.append(
+            f"peak: {RUNTIME_BYTES:,} for Python and torch, the weights, and the larger of cache and loading"
+        )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), *self._advice()])
+
+    def _advice(self) -> list[str]:
+        """What to type when the model does not fit as it is, but in a smaller format."""
+        fitting = self.fitting()
+        if not self.routes or self.routes[0] in fitting:
+            return []
+        if not fitting:
+            return ["nothing fits: a smaller model, a shorter --context, or more memory is needed"]
+        format_, _, nested = fitting[0].name.partition(" + ")
+        flags = format_ + (" --double-quant" if nested else "")
+        return [f"to make it fit: halfbyte quantize {self.model} -o OUT --to {flags}"]
 
     def __repr__(self) -> str:
         fits = ", ".join(route.name for route in self.fitting()) or "nothing"

@@ -81,7 +81,6 @@ def test_every_verb_has_a_module():
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["nothing"],
         ["quantize"],
         ["quantize", "m"],
@@ -202,6 +201,42 @@ def test_text_output(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("ok ")
     assert main(["plan", str(tmp_path / "m"), "--context", "100"]) == 0
     assert "100 tokens" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "m")]) == 0
+    assert "nothing is quantized" in capsys.readouterr().out
+    assert main(["quantize", str(tmp_path / "m"), "--to", "nf4", "--dry-run"]) == 0
+    assert "None" not in capsys.readouterr().out
+    assert main(["quantize", str(tmp_path / "m"), "--to", "nf4"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    shown = capsys.readouterr().err
+    assert all(verb in shown for verb in VERBS)
+
+
+WITHOUT = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "accelerate", "peft"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Without())
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import halfbyte.torch", "halfbyte.torch needs torch: pip install torch"),
+        ("import halfbyte; halfbyte.load('x')", "No module named 'transformers'"),
+        ("import halfbyte.cli.main as m; sys.exit(m.main(['eval', 'x', 'y', '--text', sys.argv[0]]))",
+         "fix: pip install torch transformers accelerate"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(code, message, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT + code)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert result.returncode != 0 and message in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.timeout(120)
@@ -332,3 +367,11 @@ def test_progress_can_be_switched_off(monkeypatch):
     with ProgressBar("quantize", stream) as bar:
         bar.update(50, 200, "tensor")
     assert stream.text == ""
+
+
+def test_doctor_sums_up():
+    from halfbyte.doctor import Check, Diagnosis
+
+    sound, bad, odd = Check("a", "pass", ""), Check("b", "fail", "", "mend it"), Check("c", "warn", "")
+    assert str(Diagnosis([sound])).endswith("1 checks: all is well")
+    assert str(Diagnosis([sound, bad, odd])).endswith("3 checks: 1 failed, 1 to look at")

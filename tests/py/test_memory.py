@@ -188,7 +188,11 @@ def test_plans_show_themselves():
     html = plan._repr_html_()
     assert "m&lt;b&gt;" in html and "<script" not in html and len(html) < 20_000
     assert repr(plan) == "<MemoryPlan m<b>: nf4 fits in 6,442,450,944 bytes>"
-    assert str(plan).count("\n") == 5
+    lines = str(plan).splitlines()
+    assert len(lines) == 8 and lines[6].startswith(f"peak: {RUNTIME_BYTES:,} for Python")
+    assert lines[7] == "to make it fit: halfbyte quantize m<b> -o OUT --to nf4"
+    assert str(plan_with(64 * GIB)).count("\n") == 6  # everything fits: no advice
+    assert str(plan_with(GIB)).splitlines()[-1].startswith("nothing fits")
     json.dumps(plan.to_json())
 
 

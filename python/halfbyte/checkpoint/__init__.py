@@ -59,7 +59,7 @@ class QuantizeReport:
             ("source", f"{d['source']}  {d['source_bytes']:,} bytes"),
             (
                 "output",
-                f"{d['output']}  {d['total_bytes']:,} bytes ({d['total_bytes'] / d['source_bytes']:.1%})",
+                f"{d['output'] or 'none yet'}  {d['total_bytes']:,} bytes ({d['total_bytes'] / d['source_bytes']:.1%})",
             ),
             (
                 f"{d['options']['to']}",

@@ -32,6 +32,9 @@ _VERBS = {
 }
 
 
+# What loading a model takes.
+_MODELS = ("torch", "transformers", "accelerate")
+
 _EXIT_CODES = """\
 exit codes:
   0  done
@@ -90,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(arguments[0] if arguments and arguments[0] in _VERBS else None)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
     args = parser.parse_args(arguments)
     if args.verb == "run":  # what the script raises is the script's own affair
         return import_module("halfbyte.cli.run").run(args)
@@ -131,12 +137,13 @@ def _guarded(args: argparse.Namespace) -> int:
 def _missing(error: ModuleNotFoundError) -> Any:
     from halfbyte.errors import CheckpointError
 
-    name = error.name or ""
-    if name == "halfbyte._C":
+    name = (error.name or "").split(".")[0]
+    if error.name == "halfbyte._C":
         return CheckpointError("E302", "the extension module halfbyte._C is not built", fix="pip install .")
-    if name.split(".")[0] == "halfbyte":
+    if name == "halfbyte":
         raise error
-    return CheckpointError("E301", f"'{name}' is not installed", fix=f"pip install {name}")
+    needed = "torch transformers accelerate" if name in _MODELS else name  # at once, not one after the other
+    return CheckpointError("E301", f"'{name}' is not installed", fix=f"pip install {needed}")
 
 
 def _fail(error: Any, as_json: bool) -> int:

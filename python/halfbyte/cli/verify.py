@@ -36,5 +36,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{len(document['files_checked'])} files match the manifest, " if document["manifest"] else ""
             )
             none = "" if document["manifest"] else " (there is no manifest to compare hashes with)"
-            print(f"ok    {against}{document['quantized_weights']} quantized weights are complete{none}")
+            complete = f"{document['quantized_weights']} quantized weights are complete"
+            if not document["quantized_weights"]:
+                complete = f"nothing is quantized, the headers of {document['weights']} weights are sound"
+            print(f"ok    {against}{complete}{none}")
     return 0 if document["ok"] else 7
