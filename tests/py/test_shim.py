@@ -71,8 +71,8 @@ def test_modules_names_and_classes():
         import halfbyte; halfbyte.install()
         import sys, importlib
         import bitsandbytes as bnb, bitsandbytes.functional as F, torch
-        for name in ("nn", "nn.modules", "nn.parametrize", "functional", "optim", "optim.adamw", "optim.optimizer", "cuda_specs", "autograd",
-                     "autograd._functions", "utils", "cextension", "consts"):
+        for name in ("nn", "nn.modules", "nn.parametrize", "functional", "optim", "optim.adamw", "optim.optimizer",
+                     "cuda_specs", "autograd", "autograd._functions", "utils", "cextension", "consts"):
             module = importlib.import_module("bitsandbytes." + name)
             assert module.__name__ == "bitsandbytes." + name and module.__spec__ is not None
         import halfbyte.torch.nn as nn

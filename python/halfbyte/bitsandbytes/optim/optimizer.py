@@ -7,7 +7,14 @@ from halfbyte.torch.optim import QuantizedOptimizer as Optimizer8bit
 
 from ..utils import sync_gpu
 
-__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "sync_gpu"]
+__all__ = [
+    "GlobalOptimManager",
+    "MockArgs",
+    "Optimizer1State",
+    "Optimizer2State",
+    "Optimizer8bit",
+    "sync_gpu",
+]
 
 
 class MockArgs:
