@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ HERE = Path("tests/lint")
 # Over 600 lines, and why.
 LARGE: dict[str, str] = {
     "tests/py/test_tensor_exchange.py": "one producer made of ctypes serves every case",
+    "tests/compat/test_functional_bitsandbytes.py": "one comparison of all functions, with helpers that they share",
     "csrc/core/linear_8bit.c": "three products share one plan of tiles, scratch and outlier columns",
     "csrc/cpu/avx2/linear4.c": "a whole set, float32 and bfloat16: its parts share the layout of permuted x",
 }
@@ -58,6 +60,17 @@ def test_no_paths_of_somebodys_machine():
         if path.parts[:2] != HERE.parts:
             found = pattern.search(read(path))
             assert not found, f"{path}: {found.group()}"
+
+
+@pytest.mark.parametrize("path", files("*.py"), ids=str)
+def test_python_is_that_of_the_oldest_version(path):
+    """3.10, by the parser as far as it goes; what it lets pass is looked for."""
+    for node in ast.walk(ast.parse(read(path), feature_version=(3, 10))):
+        index = node.slice if isinstance(node, ast.Subscript) else None
+        if isinstance(index, ast.Tuple) and any(isinstance(e, ast.Starred) for e in index.elts):
+            # The tree is the same with and without parentheses; with them it is old syntax.
+            text = ast.get_source_segment(read(path), index) or ""
+            assert text.startswith("("), f"{path}:{node.lineno}: a star in an index is new in Python 3.11"
 
 
 def test_file_sizes():
@@ -107,7 +120,12 @@ def test_kernels_keep_one_order():
     assert compared > 10
 
 
+# A file with a part of the kernels of another one, which is the one to compare with.
+PARTS = {"adam8.c": "optim.c"}
+
+
 def test_every_isa_file_has_a_reference_of_that_name():
-    names = {p.name for p in files("csrc/cpu/ref/*.c")}
+    names = {p.name for p in files("csrc/cpu/ref/*.c")} | set(PARTS)
+    assert set(PARTS) <= {p.name for p in files("csrc/cpu/*/*.c")} and set(PARTS.values()) <= names
     for path in files("csrc/cpu/*/*.c"):
         assert path.name in names, f"{path}: no csrc/cpu/ref/{path.name} to compare with"
