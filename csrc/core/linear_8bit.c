@@ -67,7 +67,8 @@ static int64_t least(int64_t a, int64_t b)
 
 static bool is_small(const product *p)
 {
-    return (double)p->rows * (double)p->depth * (1.0 + (double)p->x_rows / 8.0) < SERIAL_WORK;
+    double work = (double)p->rows * (double)p->depth * (1.0 + (double)p->x_rows / 8.0);
+    return work < (double)SERIAL_WORK;
 }
 
 static int lanes_of(const product *p)

@@ -151,4 +151,6 @@ done:
 }
 
 PyMethodDef hb_functions_optim[] = {
-    {"optimizer_step", HB_FASTCALL(optimizer_step), optimizer_step_doc}, {NULL}};
+    {"optimizer_step", HB_FASTCALL(optimizer_step), optimizer_step_doc},
+    {NULL, NULL, 0, NULL},
+};
