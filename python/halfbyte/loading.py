@@ -13,9 +13,17 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from halfbyte.checkpoint.footprint import plan_of
+from halfbyte.checkpoint.footprint import (
+    ELEMENT_BYTES,
+    QUANTIZED_ALREADY,
+    expert_savings,
+    plan_of,
+    route_name,
+    widening,
+)
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.folder import ModelFolder, open_model
 from halfbyte.memory import MemoryPlanError, available_memory
@@ -73,7 +81,9 @@ def load(
     MemoryPlanError
         Before anything is loaded. Says how many bytes are missing and which formats would fit; a MemoryError.
     CheckpointError
-        The checkpoint is broken.
+        The checkpoint is missing or broken.
+    ValueError
+        An unknown name as quantization_config.
     TypeError
         A quantization_config of another kind.
     """
@@ -86,8 +96,7 @@ def load(
             raise CheckpointError("E401", f"'config.json' is missing in {model.root}")
         config = _configure(quantization_config, model.config)
         if check_memory and _on_cpu(device_map):
-            plan = plan_of(model, context, 1, available_memory())
-            plan.require(_route(config, model, plan))
+            _require(model, config, context, _dtype_name(kwargs.get("dtype", kwargs.get("torch_dtype"))))
         folder = os.fspath(model.root)
         if _is_native(config) and model.config.get("quantization_config"):
             from halfbyte.integrations.transformers import native_config
@@ -154,18 +163,45 @@ def _on_cpu(device_map: Any) -> bool:
     return all(str(device) == "cpu" for device in devices)
 
 
-def _route(config: Any, model: ModelFolder, plan: Any) -> str:
-    """The plan's name for what is going to be loaded."""
-    names = [route.name for route in plan.routes]
-    if len(names) == 1 or config is None:
-        return names[0]
+def _dtype_name(dtype: Any) -> str | None:
+    """ "float32" for torch.float32 or its name; None for what the checkpoint says."""
+    name = str(dtype).removeprefix("torch.")
+    return name if name in ELEMENT_BYTES else None
+
+
+def _require(model: ModelFolder, config: Any, context: int, dtype: str | None) -> None:
+    """Raise MemoryPlanError unless the model fits, loaded as `config` and `dtype` say."""
+    available = available_memory()
+    plan = plan_of(model, context, 1, available)
+    if QUANTIZED_ALREADY in plan.notes:  # then neither config nor dtype changes what is stored
+        plan.require(plan.routes[0].name)
+        return
+    if dtype is not None:
+        model = replace(model, config={**(model.config or {}), "dtype": dtype})
+        plan = plan_of(model, context, 1, available)
+    name = _route_name(config)
+    if name not in [route.name for route in plan.routes]:
+        return  # transformers makes the layers of this family while loading: their sizes are not known before
+    native = _is_native(config) and config.experts
+    savings = expert_savings(model, config.format, config.double_quant) if native else 0
+    plan.routes = [
+        replace(
+            route, weights=route.weights + widening(model, route.name, dtype) - savings * (route.name == name)
+        )
+        for route in plan.routes
+    ]
+    plan.require(name)
+
+
+def _route_name(config: Any) -> str:
+    """The plan's name for what a dense checkpoint becomes."""
+    if config is None:
+        return "dense"
     if _is_native(config):
-        return "nf4 + double quantization" if config.double_quant else config.format.replace("fp4", "nf4")
+        return route_name(config.format, config.double_quant)
     if config.load_in_8bit:
         return "int8"
-    if not config.load_in_4bit:
-        return "dense"
-    return "nf4 + double quantization" if config.bnb_4bit_use_double_quant else "nf4"  # fp4 has nf4's sizes
+    return route_name("nf4", config.bnb_4bit_use_double_quant) if config.load_in_4bit else "dense"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.checkpoint.inspect import weights_of
+from halfbyte.checkpoint.layers import FLOAT_DTYPES, select
 from halfbyte.checkpoint.plan import Options, make_plan, source_name
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.folder import ModelFolder, open_model
@@ -27,7 +28,8 @@ _ROUTES = (
     ("nf4", "nf4", False),
     ("nf4 + double quantization", "nf4", True),
 )
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZED_ALREADY = "the checkpoint is quantized already"
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def memory_plan(source: str | os.PathLike[str], context: int = 4096, batch: int = 1) -> MemoryPlan:
@@ -58,7 +60,7 @@ def plan_of(model: ModelFolder, context: int, batch: int, available: Available) 
     if quantized:
         largest = max(t.nbytes for t in model.tensors.values())
         routes.append(Route(quantized[0], model.weight_bytes, cache, largest))
-        notes.append("the checkpoint is quantized already")
+        notes.append(QUANTIZED_ALREADY)
     else:
         largest = max((t.nbytes for t in model.tensors.values()), default=0)
         for name, to, double_quant in _ROUTES:
@@ -75,6 +77,31 @@ def plan_of(model: ModelFolder, context: int, batch: int, available: Available) 
             )
             routes.append(Route(name, sum(job.nbytes for job in jobs), cache, sum(alive[:LOADING_TENSORS])))
     return MemoryPlan(source_name(model), parameters, context, batch, available, routes, notes)
+
+
+def route_name(to: str, double_quant: bool) -> str:
+    """The name of a route; fp4 has the sizes of nf4."""
+    return "nf4 + double quantization" if double_quant else to.replace("fp4", "nf4")
+
+
+def widening(model: ModelFolder, route: str, dtype: str | None) -> int:
+    """Bytes more (or fewer, negative) when what stays dense on a route is held in `dtype`."""
+    if dtype is None:
+        return 0
+    _, to, double_quant = next(r for r in _ROUTES if r[0] == route)
+    if to is None:
+        dense = list(model.tensors.values())
+    else:
+        dense = [j.source for j in make_plan(model, Options(to, double_quant)).jobs if j.kind == "copy"]
+    return sum(t.numel * ELEMENT_BYTES[dtype] - t.nbytes for t in dense if t.dtype in FLOAT_DTYPES)
+
+
+def expert_savings(model: ModelFolder, to: str, double_quant: bool) -> int:
+    """Bytes that fused experts lose when halfbyte's own quantizer takes them too."""
+    choices = select(model.tensors.values(), model.config or {}).choices
+    experts = [t for t in model.tensors.values() if choices[t.name].label == "expert"]
+    bits = 8 if to == "int8" else 4.127 if double_quant else 4.5  # bits of a weight with its scale
+    return sum(t.nbytes - int(t.numel * bits / 8) for t in experts)
 
 
 def cache_bytes(config: Mapping[str, Any], context: int, batch: int) -> tuple[int, str | None]:
@@ -95,7 +122,7 @@ def cache_bytes(config: Mapping[str, Any], context: int, batch: int) -> tuple[in
     if not layers or not kv_heads or not head_dim:
         return 0, "keys and values are not counted: config.json does not give layers, heads and their size"
     dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32")
-    element = _ELEMENT_BYTES.get(dtype, 4)
+    element = ELEMENT_BYTES.get(dtype, 4)
     per_token = 2 * kv_heads * head_dim
     if first("kv_lora_rank"):  # latent attention keeps whole keys and values in transformers' cache
         key = (first("qk_nope_head_dim") or 0) + (first("qk_rope_head_dim") or 0)
