@@ -26,7 +26,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers.core_model_loading import ConversionOps, WeightConverter
+
+try:
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+except ModuleNotFoundError as error:
+    import transformers
+
+    raise ImportError(
+        f"HalfbyteConfig needs transformers 5 or newer, got {transformers.__version__}; with older versions call "
+        "halfbyte.install() and use BitsAndBytesConfig"
+    ) from error
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
