@@ -26,11 +26,13 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 C_SOURCES := $(shell find csrc cuda -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 C_TABLES := $(shell find csrc -name '*.def')
-C_TESTS := $(shell find tests/c benchmarks -name '*.[ch]' 2>/dev/null)
+C_TESTS := $(shell find tests/c tests/cuda benchmarks -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 # Tests need no network, and must not look for any.
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Where there is a CUDA toolkit: the oldest architecture and the H100/H200's. pip install builds all.
+export HALFBYTE_CUDA_ARCHS ?= 75;90
 
 .PHONY: all demo test test-slow bench asan tsan lint fmt dist clean
 .DELETE_ON_ERROR:

@@ -7,6 +7,7 @@ HALFBYTE_CUDA=0|1      never build the CUDA library / fail when it cannot be bui
 HALFBYTE_CUDA_ARCHS    e.g. "90;100": the GPU architectures to compile for
 """
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -46,6 +47,11 @@ X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": VNNI, "avx512vbmi": V
 ARM_FLAGS = {"neon": []}
 FLAGS_OF_MACHINE = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
 ISA_FLAGS = {"ref": []} | FLAGS_OF_MACHINE.get(platform.machine(), {})
+
+
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Icuda", "--threads=2", "--compress-mode=size", "-cudart=static",
+              "-Xcompiler=-fPIC,-fvisibility=hidden,-static-libstdc++,-static-libgcc",
+              "-Xlinker=--exclude-libs,ALL", "-Xlinker=-s"]  # fmt: skip
 
 
 def sources(pattern):
@@ -93,13 +99,12 @@ def cuda_plan():
 class BuildExt(build_ext):
     def run(self):
         nvcc, why = cuda_plan()
-        archs = os.environ.get("HALFBYTE_CUDA_ARCHS", "75;80;86;89;90;100;120").split(";")
-        self.cuda = f"CPU only ({why})" if why else "CUDA for " + ", ".join(f"sm_{a}" for a in archs)
+        self.cuda = self.build_cuda(nvcc) if nvcc else f"CPU only ({why})"
+        if not self.cuda.startswith("CUDA"):
+            self.cuda_target().unlink(missing_ok=True)
         if self.distribution.has_c_libraries():
             self.run_command("build_clib")  # build_ext --inplace alone would skip it
         super().run()
-        if nvcc:
-            self.build_cuda(nvcc, archs)
         print(f"halfbyte: {self.cuda}", file=sys.stderr)
 
     def build_extension(self, ext):
@@ -114,19 +119,37 @@ class BuildExt(build_ext):
         ext.depends += sources("csrc/**/*.h")
         super().build_extension(ext)
 
-    def build_cuda(self, nvcc, archs):
-        target = Path(self.get_ext_fullpath("halfbyte._C")).parent / "libhalfbyte_cuda.so"
+    def cuda_target(self):
+        return Path(self.get_ext_fullpath("halfbyte._C")).parent / "libhalfbyte_cuda.so"
+
+    def build_cuda(self, nvcc):
+        """Compiles the CUDA library unless nothing changed; returns what there is now."""
+        target = self.cuda_target()
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        wished = os.environ.get("HALFBYTE_CUDA_ARCHS", "75;80;86;89;90;100;120").split(";")
+        archs = [arch for arch in wished if f"sm_{arch}" in listed]
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        flags = [
-            "-O3",
-            "-std=c++17",
-            "-cudart=static",
-            "-Xcompiler=-fPIC,-fvisibility=hidden",
-            "-Icsrc",
-            "-Icuda",
-        ]
-        command = [nvcc, "-shared", *flags, *gencode, *sources("cuda/*.cu"), "-o", str(target)]
-        subprocess.run(command, check=True, cwd=ROOT)
+        gencode += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs[-1:]]  # PTX for later GPUs
+        command = [nvcc, "-shared", *CUDA_FLAGS, *gencode, *sources("cuda/*.cu"), "-o", str(target)]
+        used = sources("cuda/*.cu*") + sources("csrc/core/*.h") + sources("csrc/core/*.def")
+        digest = hashlib.sha256("\0".join(command).encode())
+        for path in used:
+            digest.update((ROOT / path).read_bytes())
+        record = Path(self.build_temp) / "libhalfbyte_cuda.sha256"  # what the library was made from
+        result = f"CUDA for {', '.join(f'sm_{a}' for a in archs)}"
+        if target.exists() and record.exists() and record.read_text() == digest.hexdigest():
+            return result
+        for folder in (target.parent, record.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0 or not archs:
+            print(done.stdout + done.stderr, file=sys.stderr)
+            why = f"nvcc failed for {', '.join(f'sm_{a}' for a in wished)}"
+            if os.environ.get("HALFBYTE_CUDA") == "1":
+                sys.exit(f"halfbyte: HALFBYTE_CUDA=1, but {why}")
+            return f"CPU only ({why})"
+        record.write_text(digest.hexdigest())
+        return result
 
 
 # A group, because the reference folder and the core call each other's tables.

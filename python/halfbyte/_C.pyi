@@ -419,7 +419,13 @@ def map8(name: str, /) -> _Array:
 def cpu_info() -> dict[str, Any]:
     """{"detected": str, "used": str, "threads": int}."""
 
+def cuda_info() -> dict[str, Any]:
+    """{"available": bool, "reason": str | None, "driver": str | None, "runtime": str | None, "devices":
+    list[dict]}: whether CUDA tensors can be used, and if not, why. Opens the CUDA library, makes no context.
+    A device is {"name": str, "capability": (int, int), "multiprocessors": int, "memory": bytes}."""
+
 def set_num_threads(n: int, /) -> None: ...
 def get_num_threads() -> int: ...
 def build_info() -> dict[str, Any]:
-    """{"compiler": str, "isas": list[str], "dlpack": str, "numpy_target": str, "sanitize": bool}."""
+    """{"compiler": str, "isas": list[str], "dlpack": str, "numpy_target": str, "sanitize": bool, "cuda": str}.
+    cuda says for which GPUs the CUDA library was built, or why for none."""

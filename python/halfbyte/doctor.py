@@ -105,6 +105,7 @@ def _all_checks() -> Iterator[tuple[str, Callable[[], Outcome]]]:
     if importlib.util.find_spec("halfbyte._C") is not None:
         yield "processor", _processor
         yield "threads", _threads
+        yield "cuda", _cuda
     yield "memory", _memory
     yield "disk", _disk
     yield "bitsandbytes", _bitsandbytes
@@ -161,6 +162,22 @@ def _processor() -> Outcome:
     if info["used"] != info["detected"]:
         return WARN, detail + " (HALFBYTE_CPU)", "unset HALFBYTE_CPU"
     return PASS, detail, None
+
+
+def _cuda() -> Outcome:
+    """A machine without a GPU is fine; a GPU that halfbyte cannot use deserves a word."""
+    from halfbyte import _C
+
+    info = _C.cuda_info()
+    if info["available"]:
+        names = [f"{d['name']} (sm_{d['capability'][0]}{d['capability'][1]})" for d in info["devices"]]
+        return PASS, f"driver {info['driver']}, runtime {info['runtime']}: {', '.join(names)}", None
+    if not os.path.exists("/dev/nvidiactl"):
+        return PASS, f"not used: {info['reason']}", None
+    fix = (
+        "update the NVIDIA driver" if info["driver"] else "install the CUDA toolkit, then reinstall halfbyte"
+    )
+    return WARN, info["reason"], fix
 
 
 def _threads() -> Outcome:

@@ -1,0 +1,140 @@
+// 8-bit block-wise quantize and dequantize with any 256-entry map, the bits of the CPU's kernels.
+//
+//   v = x * (1 / absmax[b]), both rounded;  code = #{t in threshold: v > t};  x' = map[code] *
+//   absmax
+//
+// Quantize: a warp takes a block of any size and reads it twice, the second time from the cache;
+// eight elements a lane where block size and alignment allow, else one. The 255 thresholds are a
+// search tree in shared memory (kernels_codec.h, hb_search8), eight compares.
+#include "dev.cuh"
+#include "kernels.cuh"
+
+namespace
+{
+
+enum { THREADS = 256, WARPS = THREADS / HB_LANES, TABLE_BYTES = 256 * 4 };
+
+HB_DEVICE uint32_t encode8(const float *tree, float v)
+{
+    int k = 1;
+#pragma unroll
+    for (int step = 0; step < 8; step++) k = 2 * k + (v > shared_load(tree + k));
+    return (uint32_t)k - 256;
+}
+
+// EACH elements a lane and step: 8 (x 16-byte and codes 8-byte aligned, blocksize % 8 == 0) or 1.
+template <int IO, int EACH> HB_KERNEL(THREADS) quantize8_kernel(HB_ARGS hb_cuda_quantize8 a)
+{
+    float *tree = (float *)shared_memory();
+    shared_store(tree + thread_index(), load(a.tree + thread_index()));
+    block_sync();
+    const int64_t block = block_index() * WARPS + warp_index();
+    const int64_t begin = block * a.blocksize;
+    if (begin >= a.n) return; // the whole warp
+    const int64_t end = a.n - begin < a.blocksize ? a.n : begin + a.blocksize;
+    const int64_t first = begin + lane_index() * EACH;
+
+    uint32_t largest = 0;
+    float value[EACH];
+    for (int64_t i = first; i < end; i += HB_LANES * EACH) {
+        if (EACH == 8 && i + EACH <= end)
+            load8<IO>(a.x, i, value);
+        else
+            for (int j = 0; j < EACH; j++)
+                value[j] = i + j < end ? load_float<IO>(a.x, i + j) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < EACH; j++)
+            largest = max_u32(largest, float_bits(value[j]) & 0x7fffffffu);
+    }
+    for (int mask = 1; mask < HB_LANES; mask *= 2)
+        largest = max_u32(largest, shuffle_xor(largest, mask));
+    const float absmax = bits_float(is_nan_bits(largest) ? HB_CUDA_NAN_BITS : largest);
+    if (lane_index() == 0) store(a.absmax + block, absmax);
+
+    const float inverse = div_rn(1.0f, absmax);
+    for (int64_t i = first; i < end; i += HB_LANES * EACH) {
+        if (EACH == 8 && i + EACH <= end) {
+            load8<IO>(a.x, i, value);
+            uint32_t word[2] = {0, 0};
+#pragma unroll
+            for (int j = 0; j < EACH; j++)
+                word[j / 4] |= encode8(tree, mul_rn(value[j], inverse)) << (8 * (j % 4));
+            store_once((uint2 *)(a.codes + i), uint2{word[0], word[1]});
+        } else {
+            for (int j = 0; j < EACH && i + j < end; j++) {
+                float v = mul_rn(load_float<IO>(a.x, i + j), inverse);
+                store(a.codes + i + j, (uint8_t)encode8(tree, v));
+            }
+        }
+    }
+}
+
+template <int IO, bool ALIGNED> HB_KERNEL(THREADS) dequantize8_kernel(HB_ARGS hb_cuda_dequantize8 a)
+{
+    enum { EACH = 8 };
+    float *map = (float *)shared_memory();
+    shared_store(map + thread_index(), load(a.map + thread_index()));
+    block_sync();
+    const int64_t i = (block_index() * THREADS + thread_index()) * EACH;
+    if (i >= a.n) return;
+    if (ALIGNED && i + EACH <= a.n) { // blocksize % 8 == 0: one scale
+        const float scale = load(a.absmax + i / a.blocksize);
+        const uint2 codes = load_once((const uint2 *)(a.codes + i));
+        float value[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            uint32_t word = j < 4 ? codes.x : codes.y;
+            value[j] = mul_rn(shared_load(map + (word >> (8 * (j % 4)) & 255)), scale);
+        }
+        store8<IO>(a.out, i, value);
+        return;
+    }
+    for (int j = 0; j < EACH && i + j < a.n; j++) {
+        const float scale = load(a.absmax + (i + j) / a.blocksize);
+        store_float<IO>(a.out, i + j, mul_rn(shared_load(map + load(a.codes + i + j)), scale));
+    }
+}
+
+template <int IO> int launch(const hb_cuda_queue *queue, const hb_cuda_quantize8 &a)
+{
+    const int64_t blocks = hb_ceil_div(hb_ceil_div(a.n, a.blocksize), (int64_t)WARPS);
+    const bool aligned =
+        a.blocksize % 8 == 0 && ((uintptr_t)a.x & 15) == 0 && ((uintptr_t)a.codes & 7) == 0;
+    if (aligned)
+        return HB_LAUNCH((quantize8_kernel<IO, 8>), blocks, THREADS, TABLE_BYTES, queue->stream, a);
+    return HB_LAUNCH((quantize8_kernel<IO, 1>), blocks, THREADS, TABLE_BYTES, queue->stream, a);
+}
+
+template <int IO> int launch(const hb_cuda_queue *queue, const hb_cuda_dequantize8 &a)
+{
+    const int64_t blocks = hb_ceil_div(a.n, (int64_t)THREADS * 8);
+    const bool aligned =
+        a.blocksize % 8 == 0 && ((uintptr_t)a.codes & 7) == 0 && ((uintptr_t)a.out & 15) == 0;
+    if (aligned)
+        return HB_LAUNCH((dequantize8_kernel<IO, true>), blocks, THREADS, TABLE_BYTES,
+                         queue->stream, a);
+    return HB_LAUNCH((dequantize8_kernel<IO, false>), blocks, THREADS, TABLE_BYTES, queue->stream,
+                     a);
+}
+
+} // namespace
+
+int hb_cuda_launch_quantize8(const hb_cuda_queue *queue, const hb_cuda_quantize8 *args)
+{
+    if (args->n == 0) return 0;
+    switch (args->x_dtype) {
+    case HB_F32: return launch<HB_F32>(queue, *args);
+    case HB_BF16: return launch<HB_BF16>(queue, *args);
+    default: return launch<HB_F16>(queue, *args);
+    }
+}
+
+int hb_cuda_launch_dequantize8(const hb_cuda_queue *queue, const hb_cuda_dequantize8 *args)
+{
+    if (args->n == 0) return 0;
+    switch (args->out_dtype) {
+    case HB_F32: return launch<HB_F32>(queue, *args);
+    case HB_BF16: return launch<HB_BF16>(queue, *args);
+    default: return launch<HB_F16>(queue, *args);
+    }
+}

@@ -1,0 +1,240 @@
+// Everything that kernels use of the GPU, in one place: indices, barriers, warp exchange, shared
+// and global memory, conversions. Kernels call these and no intrinsic of their own; the test build
+// compiles the same kernels as plain C++ against tests/cuda/host/dev_host.h, which gives every
+// function here the same meaning on fibers, and checks bounds, alignment, races and barriers.
+//
+// Arithmetic that must equal the CPU's bit for bit goes through mul_rn, add_rn, div_rn: nvcc may
+// contract plain a * b + c into one rounding.
+#ifndef HB_CUDA_DEV_CUH
+#define HB_CUDA_DEV_CUH
+
+#include <stdint.h>
+
+#ifndef HB_CUDA_HOST
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define HB_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define HB_DEVICE          static __device__ __forceinline__
+#define HB_CONSTANT        static __constant__
+#define HB_ARGS            const __grid_constant__
+
+HB_DEVICE int thread_index()
+{
+    return (int)threadIdx.x;
+}
+HB_DEVICE int64_t block_index()
+{
+    return blockIdx.x;
+}
+HB_DEVICE int lane_index()
+{
+    return (int)(threadIdx.x & 31);
+}
+HB_DEVICE int warp_index()
+{
+    return (int)(threadIdx.x >> 5);
+}
+
+HB_DEVICE void block_sync()
+{
+    __syncthreads();
+}
+// Exchange within a full warp: every lane must arrive.
+HB_DEVICE uint32_t shuffle_xor(uint32_t value, int lane_mask)
+{
+    return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+// Dynamic shared memory of the block, 16-byte aligned.
+HB_DEVICE unsigned char *shared_memory()
+{
+    extern __shared__ uint4 hb_shared[];
+    return (unsigned char *)hb_shared;
+}
+template <typename T> HB_DEVICE T shared_load(const T *p)
+{
+    return *p;
+}
+template <typename T> HB_DEVICE void shared_store(T *p, T value)
+{
+    *p = value;
+}
+
+// Global memory. load: read-only data, cached; load_once: data that this kernel reads only once;
+// store: written once. T is a scalar or uint2/uint4 (8- and 16-byte accesses, aligned so).
+template <typename T> HB_DEVICE T load(const T *p)
+{
+    return __ldg(p);
+}
+template <typename T> HB_DEVICE T load_once(const T *p)
+{
+    return __ldcs(p);
+}
+template <typename T> HB_DEVICE void store(T *p, T value)
+{
+    *p = value;
+}
+template <typename T> HB_DEVICE void store_once(T *p, T value)
+{
+    __stcs(p, value);
+}
+
+HB_DEVICE float mul_rn(float a, float b)
+{
+    return __fmul_rn(a, b);
+}
+HB_DEVICE float add_rn(float a, float b)
+{
+    return __fadd_rn(a, b);
+}
+HB_DEVICE float div_rn(float a, float b)
+{
+    return __fdiv_rn(a, b);
+}
+HB_DEVICE uint32_t float_bits(float x)
+{
+    return __float_as_uint(x);
+}
+HB_DEVICE float bits_float(uint32_t x)
+{
+    return __uint_as_float(x);
+}
+HB_DEVICE int count_leading_zeros(uint32_t x)
+{
+    return __clz((int)x);
+}
+
+HB_DEVICE float bf16_to_float(uint16_t x)
+{
+    return __uint_as_float((uint32_t)x << 16);
+}
+HB_DEVICE float f16_to_float(uint16_t x)
+{
+    return __half2float(__ushort_as_half(x));
+}
+// Round to nearest even; NaN becomes a quiet NaN.
+HB_DEVICE uint32_t pack_bf16(float low, float high)
+{
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t *)&pair;
+}
+HB_DEVICE uint32_t pack_f16(float low, float high)
+{
+    __half2 pair = __floats2half2_rn(low, high);
+    return *(const uint32_t *)&pair;
+}
+
+// d += A B for a warp: A 16 x 16 and B 16 x 8 of bfloat16 (IO 1) or float16 (IO 2), d 16 x 8
+// float32. With g = lane / 4 and t = lane % 4, each register two elements of consecutive k, the
+// first low:
+//   a[0] row g, k 2t     a[1] row g + 8, k 2t     a[2] row g, k 2t + 8     a[3] row g + 8, k 2t + 8
+//   b[0] k 2t, column g  b[1] k 2t + 8, column g
+//   d[0] row g, column 2t   d[1] row g, column 2t + 1   d[2], d[3] the same of row g + 8
+// Needs sm_80; does nothing on older GPUs, whose launchers never choose it.
+template <int IO> HB_DEVICE void mma_16x8x16(float *d, const uint32_t *a, const uint32_t *b)
+{
+#if __CUDA_ARCH__ >= 800
+    if (IO == 1)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+            "{%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+            "{%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// kernel<<<...>>>(args) with 64-bit block counts checked by the caller; returns the launch's
+// status.
+#define HB_LAUNCH(kernel, blocks, threads, shared_bytes, stream, args)                             \
+    (kernel<<<(unsigned)(blocks), (threads), (shared_bytes), (cudaStream_t)(stream)>>>(args),      \
+     (int)cudaPeekAtLastError())
+
+#else
+#include "dev_host.h"
+#endif
+
+// ---- built from the above: the same on both -----------------------------------------------------
+
+enum { HB_LANES = 32 };
+
+HB_DEVICE uint32_t max_u32(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
+HB_DEVICE bool is_nan_bits(uint32_t magnitude)
+{
+    return magnitude > 0x7f800000u;
+}
+
+// Two floats of io dtype `bits` (0 float32, 1 bfloat16, 2 float16: hb_dtype) held in 32 bits.
+template <int IO> HB_DEVICE float unpack_low(uint32_t pair)
+{
+    return IO == 1 ? bf16_to_float((uint16_t)pair) : f16_to_float((uint16_t)pair);
+}
+template <int IO> HB_DEVICE float unpack_high(uint32_t pair)
+{
+    return IO == 1 ? bf16_to_float((uint16_t)(pair >> 16)) : f16_to_float((uint16_t)(pair >> 16));
+}
+template <int IO> HB_DEVICE uint32_t pack(float low, float high)
+{
+    return IO == 1 ? pack_bf16(low, high) : pack_f16(low, high);
+}
+
+// Element i of an array of io dtype IO as float32, and back (rounded to nearest even).
+template <int IO> HB_DEVICE float load_float(const void *p, int64_t i)
+{
+    if (IO == 0) return load((const float *)p + i);
+    uint16_t bits = load((const uint16_t *)p + i);
+    return IO == 1 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+template <int IO> HB_DEVICE void store_float(void *p, int64_t i, float value)
+{
+    if (IO == 0)
+        store((float *)p + i, value);
+    else
+        store((uint16_t *)p + i, (uint16_t)pack<IO>(value, 0.0f));
+}
+
+// Eight consecutive elements, from 16-byte aligned memory.
+template <int IO> HB_DEVICE void load8(const void *p, int64_t i, float *value)
+{
+    if (IO == 0) {
+        const uint4 *source = (const uint4 *)((const float *)p + i);
+        uint4 a = load_once(source), b = load_once(source + 1);
+        value[0] = bits_float(a.x), value[1] = bits_float(a.y);
+        value[2] = bits_float(a.z), value[3] = bits_float(a.w);
+        value[4] = bits_float(b.x), value[5] = bits_float(b.y);
+        value[6] = bits_float(b.z), value[7] = bits_float(b.w);
+    } else {
+        uint4 a = load_once((const uint4 *)((const uint16_t *)p + i));
+        value[0] = unpack_low<IO>(a.x), value[1] = unpack_high<IO>(a.x);
+        value[2] = unpack_low<IO>(a.y), value[3] = unpack_high<IO>(a.y);
+        value[4] = unpack_low<IO>(a.z), value[5] = unpack_high<IO>(a.z);
+        value[6] = unpack_low<IO>(a.w), value[7] = unpack_high<IO>(a.w);
+    }
+}
+template <int IO> HB_DEVICE void store8(void *p, int64_t i, const float *value)
+{
+    if (IO == 0) {
+        uint4 *target = (uint4 *)((float *)p + i);
+        uint4 a = {float_bits(value[0]), float_bits(value[1]), float_bits(value[2]),
+                   float_bits(value[3])};
+        uint4 b = {float_bits(value[4]), float_bits(value[5]), float_bits(value[6]),
+                   float_bits(value[7])};
+        store_once(target, a);
+        store_once(target + 1, b);
+    } else {
+        uint4 a = {pack<IO>(value[0], value[1]), pack<IO>(value[2], value[3]),
+                   pack<IO>(value[4], value[5]), pack<IO>(value[6], value[7])};
+        store_once((uint4 *)((uint16_t *)p + i), a);
+    }
+}
+
+#endif

@@ -1,0 +1,23 @@
+// The launchers, one per entry of hb_cuda_api; api.cu puts them into its table. Each starts kernels
+// on queue->stream of the current device and returns 0 or a cudaError_t.
+#ifndef HB_CUDA_KERNELS_CUH
+#define HB_CUDA_KERNELS_CUH
+
+#include "core/cuda_api.h"
+#include "core/formats.h"
+
+#define HB_CUDA_NAN_BITS 0x7fc00000u // the NaN that absmax gives, as on the CPU
+
+int hb_cuda_launch_quantize4(const hb_cuda_queue *queue, const hb_cuda_quantize4 *args);
+int hb_cuda_launch_dequantize4(const hb_cuda_queue *queue, const hb_cuda_dequantize4 *args);
+// linear4 chooses between the two kernels; mma_fits says whether the tensor-core one can.
+int hb_cuda_launch_linear4(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+bool hb_cuda_linear4_mma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int hb_cuda_launch_linear4_mma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int hb_cuda_launch_quantize8(const hb_cuda_queue *queue, const hb_cuda_quantize8 *args);
+int hb_cuda_launch_dequantize8(const hb_cuda_queue *queue, const hb_cuda_dequantize8 *args);
+
+// Compute capability (major) of a device, cached; 0 when it cannot be asked.
+int hb_cuda_device_major(int32_t device);
+
+#endif

@@ -1,0 +1,51 @@
+// The scale of a block of a 4-bit tensor, plain or nested, wherever a kernel needs one.
+//
+//   absmax[b] = map[q[b]] * absmax2[b / nested_blocksize] + offset          two roundings, as on
+//   the CPU
+//
+// The 256-entry map is copied to shared memory first, by a block of at least 256 threads.
+#ifndef HB_CUDA_SCALES4_CUH
+#define HB_CUDA_SCALES4_CUH
+
+#include "dev.cuh"
+
+#include "core/cuda_api.h"
+
+static inline int scale_map_bytes(const hb_cuda_scales4 &s)
+{
+    return s.absmax == nullptr ? 256 * 4 : 0;
+}
+
+// To be followed by block_sync before scale_of.
+HB_DEVICE void scale_map_fill(const hb_cuda_scales4 &s, float *map)
+{
+    int t = thread_index();
+    if (s.absmax == nullptr && t < 256) shared_store(map + t, load(s.nested_map + t));
+}
+
+HB_DEVICE float scale_offset(const hb_cuda_scales4 &s)
+{
+    if (s.absmax != nullptr) return 0.0f;
+    return s.nested_offset != nullptr ? load(s.nested_offset) : s.nested_offset_value;
+}
+
+HB_DEVICE float scale_of(const hb_cuda_scales4 &s, const float *map, float offset, int64_t block)
+{
+    if (s.absmax != nullptr) return load(s.absmax + block);
+    float centred = shared_load(map + load(s.absmax_codes + block));
+    float outer = load(s.nested_absmax + block / s.nested_blocksize);
+    return add_rn(mul_rn(centred, outer), offset);
+}
+
+// bias[row] of a linear layer, or 0.
+HB_DEVICE float bias_of(const hb_cuda_linear4 &a, int64_t row)
+{
+    if (a.bias == nullptr) return 0.0f;
+    switch (a.bias_dtype) {
+    case 0: return load_float<0>(a.bias, row);
+    case 1: return load_float<1>(a.bias, row);
+    default: return load_float<2>(a.bias, row);
+    }
+}
+
+#endif

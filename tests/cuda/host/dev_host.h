@@ -1,0 +1,173 @@
+// The host twin of cuda/dev.cuh: one fiber per CUDA thread, kernels as plain C++.
+//
+// Every access to global and shared memory of a kernel goes through here and is checked:
+//   global   inside one registered buffer, aligned to its size, writable if written, no byte
+//   written
+//            by two threads of a launch, none written twice when it was declared an output
+//   shared   inside what the launch asked for; poisoned with 0xff; two threads touching a byte, one
+//            of them writing, must have a barrier between (within a warp a warp-wide barrier)
+//   barriers every thread of the block (or lane of the warp) arrives, at the same one
+// Threads run in ascending, descending or random order until they wait, so that a missing barrier
+// shows. A fault is recorded as text and ends the launch; nothing is thrown, nothing exits.
+#ifndef HB_TESTS_CUDA_DEV_HOST_H
+#define HB_TESTS_CUDA_DEV_HOST_H
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "core/dtype.h"
+
+#define HB_KERNEL(threads) static void
+#define HB_DEVICE          static inline
+#define HB_CONSTANT        static const
+#define HB_ARGS            const
+
+struct uint2 {
+    uint32_t x, y;
+};
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+
+namespace hb_host
+{
+
+struct thread_state {
+    int index;     // in the block
+    int64_t block; // of the grid
+};
+extern thread_state *self; // the thread that runs now
+
+enum class access { read, write };
+void check_global(const void *p, size_t bytes, access kind);
+void check_shared(const void *p, size_t bytes, access kind);
+unsigned char *shared_base();
+void block_barrier();
+void warp_barrier();
+// Every lane of the warp gives a value and gets that of lane `source` (0..31).
+uint32_t exchange(uint32_t value, int source);
+// d += A B over the warp's fragments (dev.cuh says which lane holds what).
+void mma_16x8x16(int io, float *d, const uint32_t *a, const uint32_t *b);
+int launch(const std::function<void()> &body, int64_t blocks, int threads, size_t shared_bytes);
+
+} // namespace hb_host
+
+static inline int thread_index()
+{
+    return hb_host::self->index;
+}
+static inline int64_t block_index()
+{
+    return hb_host::self->block;
+}
+static inline int lane_index()
+{
+    return hb_host::self->index % 32;
+}
+static inline int warp_index()
+{
+    return hb_host::self->index / 32;
+}
+static inline void block_sync()
+{
+    hb_host::block_barrier();
+}
+static inline uint32_t shuffle_xor(uint32_t value, int lane_mask)
+{
+    return hb_host::exchange(value, lane_index() ^ lane_mask);
+}
+static inline unsigned char *shared_memory()
+{
+    return hb_host::shared_base();
+}
+
+template <typename T> T shared_load(const T *p)
+{
+    hb_host::check_shared(p, sizeof *p, hb_host::access::read);
+    return *p;
+}
+template <typename T> void shared_store(T *p, T value)
+{
+    hb_host::check_shared(p, sizeof *p, hb_host::access::write);
+    *p = value;
+}
+template <typename T> T load(const T *p)
+{
+    hb_host::check_global(p, sizeof *p, hb_host::access::read);
+    return *p;
+}
+template <typename T> T load_once(const T *p)
+{
+    return load(p);
+}
+template <typename T> void store(T *p, T value)
+{
+    hb_host::check_global(p, sizeof *p, hb_host::access::write);
+    *p = value;
+}
+template <typename T> void store_once(T *p, T value)
+{
+    store(p, value);
+}
+
+// The host build uses -ffp-contract=off: plain operations round once, as the intrinsics do.
+static inline float mul_rn(float a, float b)
+{
+    return a * b;
+}
+static inline float add_rn(float a, float b)
+{
+    return a + b;
+}
+static inline float div_rn(float a, float b)
+{
+    return a / b;
+}
+static inline uint32_t float_bits(float x)
+{
+    return hb_f32_bits(x);
+}
+static inline float bits_float(uint32_t x)
+{
+    return hb_f32_from_bits(x);
+}
+static inline int count_leading_zeros(uint32_t x)
+{
+    return x == 0 ? 32 : __builtin_clz(x);
+}
+static inline float bf16_to_float(uint16_t x)
+{
+    return hb_f32_from_bf16(x);
+}
+static inline float f16_to_float(uint16_t x)
+{
+    return hb_f32_from_f16(x);
+}
+// The GPU's conversions give 0x7fff for every NaN.
+static inline uint32_t pack_bf16(float low, float high)
+{
+    uint32_t a = low != low ? 0x7fff : hb_bf16_from_f32(low);
+    uint32_t b = high != high ? 0x7fff : hb_bf16_from_f32(high);
+    return a | b << 16;
+}
+static inline uint32_t pack_f16(float low, float high)
+{
+    uint32_t a = low != low ? 0x7fff : hb_f16_from_f32(low);
+    uint32_t b = high != high ? 0x7fff : hb_f16_from_f32(high);
+    return a | b << 16;
+}
+
+template <int IO> void mma_16x8x16(float *d, const uint32_t *a, const uint32_t *b)
+{
+    hb_host::mma_16x8x16(IO, d, a, b);
+}
+
+// The template arguments' commas need parentheses around the kernel's name, as in dev.cuh.
+#define HB_LAUNCH(kernel, blocks, threads, shared_bytes, stream, args)                             \
+    ((void)(stream),                                                                               \
+     hb_host::launch([&] { (kernel)(args); }, (blocks), (threads), (size_t)(shared_bytes)))
+
+#endif

@@ -1,0 +1,395 @@
+// One fiber per CUDA thread on one OS thread. See dev_host.h for what is checked.
+//
+// The scheduler lets each thread of a block run until it waits at a barrier or an exchange, or
+// ends, in the chosen order; when all wait, whoever is complete goes on: a block barrier when every
+// living thread is there, a warp's exchange when all its lanes are. If nobody can go on, that is a
+// fault. Blocks run one after the other, in the chosen order too.
+#include "dev_host.h"
+#include "emulator.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <map>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace hb_host
+{
+
+thread_state *self;
+
+namespace
+{
+
+constexpr size_t STACK_BYTES = 64 * 1024;
+constexpr int NO_THREAD = -1, MANY = -2;
+constexpr int CUDA_ERROR_LAUNCH_FAILURE = 719;
+
+enum class state { ready, at_block_barrier, at_warp_barrier, at_exchange, at_mma, ended };
+
+struct fiber : thread_state {
+    state where;
+    jmp_buf context;
+    ucontext_t start;
+    uint32_t given; // to the exchange that it waits at
+    int source;
+    uint32_t received;
+    struct { // operands and result of the mma that it waits at
+        int io;
+        uint32_t a[4], b[2];
+        float d[4];
+    } mma;
+};
+
+struct buffer {
+    size_t bytes;
+    bool writable;
+    std::vector<int64_t> writer; // global thread number + 1 of each byte in this launch
+};
+
+// What happened to one byte of shared memory, in units of barriers.
+struct shared_byte {
+    int writer = NO_THREAD, reader = NO_THREAD; // reader: the thread, or MANY
+    int64_t write_block_epoch = -1, write_warp_epoch = -1;
+    int64_t read_block_epoch = -1, read_warp_epoch = -1;
+    int reader_warp = NO_THREAD; // or MANY
+};
+
+std::map<uintptr_t, buffer> buffers;
+std::string fault;
+int order = 0;
+std::mt19937 random_source;
+
+std::vector<fiber> fibers;
+char *stacks;
+size_t stack_count;
+const std::function<void()> *body;
+jmp_buf scheduler;
+std::vector<unsigned char> shared_bytes;
+unsigned char *shared_start;
+size_t shared_size;
+std::vector<shared_byte> shared_record;
+int64_t block_epoch;
+std::vector<int64_t> warp_epoch;
+int block_threads;
+
+[[noreturn]] void leave()
+{
+    _longjmp(scheduler, 1);
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) void stop(const char *format, ...)
+{
+    if (fault.empty()) {
+        char text[256];
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(text, sizeof text, format, arguments);
+        va_end(arguments);
+        fault = text;
+        fault += " (block " + std::to_string(self->block) + ", thread " +
+                 std::to_string(self->index) + ")";
+    }
+    static_cast<fiber *>(self)->where = state::ended;
+    leave();
+}
+
+void wait_as(state where)
+{
+    fiber *me = static_cast<fiber *>(self);
+    me->where = where;
+    if (_setjmp(me->context) == 0) leave();
+}
+
+void enter()
+{
+    (*body)();
+    static_cast<fiber *>(self)->where = state::ended;
+    leave();
+}
+
+void resume(fiber *f, bool fresh)
+{
+    self = f;
+    f->where = state::ready;
+    if (_setjmp(scheduler) == 0) {
+        if (fresh)
+            setcontext(&f->start);
+        else
+            _longjmp(f->context, 1);
+    }
+}
+
+std::vector<int64_t> in_order(int64_t n)
+{
+    std::vector<int64_t> list((size_t)n);
+    std::iota(list.begin(), list.end(), 0);
+    if (order == 1) std::reverse(list.begin(), list.end());
+    if (order == 2) std::shuffle(list.begin(), list.end(), random_source);
+    return list;
+}
+
+// Assembles the warp's matrices from its fragments, multiplies, hands the result back.
+void run_mma(fiber *warp)
+{
+    float a[16][16], b[16][8];
+    auto part = [&](uint32_t pair, int which) {
+        uint16_t bits = (uint16_t)(which ? pair >> 16 : pair);
+        return warp->mma.io == 1 ? hb_f32_from_bf16(bits) : hb_f32_from_f16(bits);
+    };
+    for (int lane = 0; lane < 32; lane++) {
+        const auto &mma = warp[lane].mma;
+        int g = lane / 4, t = lane % 4;
+        for (int r = 0; r < 4; r++)
+            for (int e = 0; e < 2; e++)
+                a[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + e] = part(mma.a[r], e);
+        for (int r = 0; r < 2; r++)
+            for (int e = 0; e < 2; e++) b[2 * t + 8 * r + e][g] = part(mma.b[r], e);
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        int g = lane / 4, t = lane % 4;
+        for (int r = 0; r < 4; r++) {
+            double sum = warp[lane].mma.d[r];
+            for (int k = 0; k < 16; k++)
+                sum += (double)a[g + 8 * (r / 2)][k] * (double)b[k][2 * t + r % 2];
+            warp[lane].mma.d[r] = (float)sum;
+        }
+    }
+}
+
+// Lets every complete barrier and exchange go on; false when none is.
+bool release()
+{
+    bool any = false;
+    int waiting = 0, alive = 0;
+    for (fiber &f : fibers) {
+        alive += f.where != state::ended;
+        waiting += f.where == state::at_block_barrier;
+    }
+    if (alive > 0 && waiting == alive) {
+        for (fiber &f : fibers)
+            if (f.where == state::at_block_barrier) f.where = state::ready;
+        block_epoch++;
+        return true;
+    }
+    for (size_t first = 0; first < fibers.size(); first += 32) {
+        size_t lanes = std::min<size_t>(32, fibers.size() - first);
+        for (state kind : {state::at_exchange, state::at_mma, state::at_warp_barrier}) {
+            size_t there = 0;
+            for (size_t l = 0; l < lanes; l++) there += fibers[first + l].where == kind;
+            if (there != lanes || lanes != 32) continue;
+            if (kind == state::at_mma) run_mma(&fibers[first]);
+            for (size_t l = 0; l < lanes; l++) {
+                fiber &f = fibers[first + l];
+                if (kind == state::at_exchange) f.received = fibers[first + (size_t)f.source].given;
+                f.where = state::ready;
+            }
+            if (kind == state::at_warp_barrier) warp_epoch[first / 32]++;
+            any = true;
+        }
+    }
+    return any;
+}
+
+void run_block(int64_t block, int threads)
+{
+    for (int t = 0; t < threads; t++) {
+        fiber &f = fibers[(size_t)t];
+        f.index = t;
+        f.block = block;
+        f.where = state::ready;
+        getcontext(&f.start);
+        f.start.uc_stack.ss_sp = stacks + (size_t)t * STACK_BYTES;
+        f.start.uc_stack.ss_size = STACK_BYTES;
+        f.start.uc_link = nullptr;
+        makecontext(&f.start, enter, 0);
+    }
+    std::memset(shared_start, 0xff, shared_size);
+    shared_record.assign(shared_size, shared_byte());
+    block_epoch = 0;
+    warp_epoch.assign((size_t)(threads + 31) / 32, 0);
+    std::vector<bool> fresh((size_t)threads, true);
+    for (;;) {
+        bool alive = false;
+        for (int64_t t : in_order(threads)) {
+            fiber &f = fibers[(size_t)t];
+            if (f.where == state::ready) {
+                resume(&f, fresh[(size_t)t]);
+                fresh[(size_t)t] = false;
+                if (!fault.empty()) return;
+            }
+            alive = alive || f.where != state::ended;
+        }
+        if (!alive) return;
+        if (!release()) {
+            int at[6] = {0};
+            for (fiber &f : fibers) at[(int)f.where]++;
+            fault = "barrier that not all threads reach: " + std::to_string(at[1]) +
+                    " at block_sync, " + std::to_string(at[2]) + " at warp_sync, " +
+                    std::to_string(at[3]) + " at an exchange, " + std::to_string(at[4]) +
+                    " at an mma, " + std::to_string(at[5]) + " ended (block " +
+                    std::to_string(block) + ")";
+            return;
+        }
+    }
+}
+
+} // namespace
+
+void block_barrier()
+{
+    wait_as(state::at_block_barrier);
+}
+
+void warp_barrier()
+{
+    wait_as(state::at_warp_barrier);
+}
+
+uint32_t exchange(uint32_t value, int source)
+{
+    fiber *me = static_cast<fiber *>(self);
+    if (source < 0 || source > 31) stop("exchange with lane %d", source);
+    me->given = value;
+    me->source = source;
+    wait_as(state::at_exchange);
+    return me->received;
+}
+
+void mma_16x8x16(int io, float *d, const uint32_t *a, const uint32_t *b)
+{
+    auto &mma = static_cast<fiber *>(self)->mma;
+    mma.io = io;
+    std::copy_n(a, 4, mma.a);
+    std::copy_n(b, 2, mma.b);
+    std::copy_n(d, 4, mma.d);
+    wait_as(state::at_mma);
+    std::copy_n(mma.d, 4, d);
+}
+
+unsigned char *shared_base()
+{
+    return shared_start;
+}
+
+void check_global(const void *p, size_t bytes, access kind)
+{
+    uintptr_t address = (uintptr_t)p;
+    const char *verb = kind == access::write ? "write" : "read";
+    if (address % bytes != 0)
+        stop("%s of %zu bytes at a multiple of %zu only", verb, bytes, address & -address);
+    auto after = buffers.upper_bound(address);
+    if (after == buffers.begin()) stop("%s of %zu bytes outside every buffer", verb, bytes);
+    auto &[start, found] = *std::prev(after);
+    if (address - start + bytes > found.bytes)
+        stop("%s of %zu bytes at offset %zu of a buffer of %zu", verb, bytes, address - start,
+             found.bytes);
+    if (kind == access::read) return;
+    if (!found.writable) stop("write to an input, at offset %zu", address - start);
+    for (size_t i = 0; i < bytes; i++) {
+        int64_t &writer = found.writer[address - start + i];
+        int64_t me = self->block * block_threads + self->index + 1;
+        if (writer != 0) stop("byte %zu of an output is written twice", address - start + i);
+        writer = me;
+    }
+}
+
+void check_shared(const void *p, size_t bytes, access kind)
+{
+    uintptr_t address = (uintptr_t)p, base = (uintptr_t)shared_start;
+    const char *verb = kind == access::write ? "write" : "read";
+    if (address < base || address - base + bytes > shared_size)
+        stop("shared %s of %zu bytes at offset %td of %zu", verb, bytes,
+             (ptrdiff_t)(address - base), shared_size);
+    if (address % bytes != 0) stop("shared %s of %zu bytes, misaligned", verb, bytes);
+    const int me = self->index, warp = me / 32;
+    const int64_t warp_now = warp_epoch[(size_t)warp];
+    for (size_t i = 0; i < bytes; i++) {
+        shared_byte &byte = shared_record[address - base + i];
+        const size_t offset = address - base + i;
+        if (byte.writer != NO_THREAD && byte.writer != me &&
+            byte.write_block_epoch == block_epoch &&
+            !(byte.writer / 32 == warp && byte.write_warp_epoch < warp_now))
+            stop("shared byte %zu: %s races with the write of thread %d", offset, verb,
+                 byte.writer);
+        if (kind == access::write) {
+            if (byte.reader != NO_THREAD && byte.reader != me &&
+                byte.read_block_epoch == block_epoch &&
+                !(byte.reader_warp == warp && byte.read_warp_epoch < warp_now))
+                stop("shared byte %zu: write races with a read", offset);
+            byte.writer = me;
+            byte.write_block_epoch = block_epoch;
+            byte.write_warp_epoch = warp_now;
+        } else {
+            bool same = byte.read_block_epoch == block_epoch;
+            byte.reader = same && byte.reader != me && byte.reader != NO_THREAD ? MANY : me;
+            byte.reader_warp =
+                same && byte.reader_warp != warp && byte.reader_warp != NO_THREAD ? MANY : warp;
+            byte.read_block_epoch = block_epoch;
+            byte.read_warp_epoch = warp_now;
+        }
+    }
+}
+
+int launch(const std::function<void()> &kernel, int64_t blocks, int threads, size_t bytes)
+{
+    if (!fault.empty()) return CUDA_ERROR_LAUNCH_FAILURE;
+    if (blocks < 1 || blocks > 2147483647 || threads < 1 || threads > 1024 || threads % 32 != 0 ||
+        bytes > 227 * 1024) {
+        fault = "launch with " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
+                " threads and " + std::to_string(bytes) + " bytes of shared memory";
+        return 1; // cudaErrorInvalidValue
+    }
+    if (stack_count < (size_t)threads) {
+        if (stacks != nullptr) munmap(stacks, stack_count * STACK_BYTES);
+        stack_count = (size_t)threads;
+        stacks = (char *)mmap(nullptr, stack_count * STACK_BYTES, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (stacks == MAP_FAILED) {
+            stacks = nullptr;
+            stack_count = 0;
+            return 2; // cudaErrorMemoryAllocation
+        }
+    }
+    for (auto &[start, found] : buffers) found.writer.assign(found.writable ? found.bytes : 0, 0);
+    shared_bytes.resize(bytes + 16);
+    shared_start = (unsigned char *)(((uintptr_t)shared_bytes.data() + 15) & ~(uintptr_t)15);
+    shared_size = bytes;
+    block_threads = threads;
+    body = &kernel;
+    fibers.resize((size_t)threads);
+    for (int64_t block : in_order(blocks)) {
+        run_block(block, threads);
+        if (!fault.empty()) return CUDA_ERROR_LAUNCH_FAILURE;
+    }
+    return 0;
+}
+
+} // namespace hb_host
+
+// ---- emulator.h: for the tests ------------------------------------------------------------------
+
+void hb_host_reset(int order, uint32_t seed)
+{
+    hb_host::buffers.clear();
+    hb_host::fault.clear();
+    hb_host::order = order;
+    hb_host::random_source.seed(seed);
+}
+
+void hb_host_register(const void *start, int64_t bytes, int writable)
+{
+    hb_host::buffers[(uintptr_t)start] = {(size_t)bytes, writable != 0, {}};
+}
+
+const char *hb_host_fault(void)
+{
+    return hb_host::fault.c_str();
+}

@@ -1,0 +1,18 @@
+// What the tests say to the emulator, through ctypes.
+#ifndef HB_TESTS_CUDA_EMULATOR_H
+#define HB_TESTS_CUDA_EMULATOR_H
+
+#include <stdint.h>
+
+extern "C" {
+#pragma GCC visibility push(default)
+// Forgets buffers and fault. order: 0 ascending, 1 descending, 2 random with `seed`.
+void hb_host_reset(int order, uint32_t seed);
+// Memory that kernels may touch: an input, or an output that each launch writes at most once.
+void hb_host_register(const void *start, int64_t bytes, int writable);
+// What went wrong since the last reset, or "".
+const char *hb_host_fault(void);
+#pragma GCC visibility pop
+}
+
+#endif

@@ -1,0 +1,222 @@
+"""The CUDA codecs on the emulator give the bits of the CPU's kernels (which tests/c proves right)."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from host_library import DTYPES, FORMATS, Dequantize4, Dequantize8, Quantize4, Quantize8, Scales4, emulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfbyte import _C
+
+NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def aligned(n, dtype, offset=0):
+    """n elements at `offset` elements behind a multiple of 256 bytes."""
+    size = np.dtype(dtype).itemsize
+    raw = np.full((n + offset) * size + 256, 0xA5, np.uint8)
+    start = -raw.ctypes.data % 256 + offset * size
+    return raw[start : start + n * size].view(dtype)
+
+
+def data(n, dtype, seed, kind="normal"):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(n).astype(np.float32)
+    if kind == "wild":  # every magnitude, zeros, blocks of zeros, NaN and infinity
+        x *= np.float32(10) ** rng.integers(-30, 30, n).astype(np.float32)
+        x[rng.random(n) < 0.2] = 0
+        if n > 200:
+            x[64:200] = 0
+            x[rng.integers(0, n)] = np.nan
+            x[rng.integers(0, n)] = -np.inf
+    with np.errstate(over="ignore"):
+        return x.astype(NUMPY[dtype])
+
+
+def same(a, b):
+    """Equal bit for bit; any NaN equals any other."""
+    a, b = np.asarray(a), np.asarray(b)
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    nan = np.isnan(wide_a)
+    bits = f"u{a.dtype.itemsize}"
+    return a.shape == b.shape and np.array_equal(nan, np.isnan(wide_b)) and np.array_equal(
+        a.view(bits)[~nan], b.view(bits)[~nan])  # fmt: skip
+
+
+def quantize4(x, quant_type, blocksize, offset=0, order=0):
+    emulator = emulated()
+    emulator.reset(order, seed=x.size)
+    source = aligned(x.size, x.dtype, offset)
+    source[:] = x
+    packed = aligned((x.size + 1) // 2, np.uint8, offset)
+    absmax = aligned(-(-x.size // blocksize), np.float32)
+    args = Quantize4(
+        x=emulator.register(source),
+        x_dtype=DTYPES[x.dtype.name],
+        format=FORMATS[quant_type],
+        blocksize=blocksize,
+        n=x.size,
+        packed=emulator.register(packed, True),
+        absmax=emulator.register(absmax, True),
+    )
+    emulator.run("quantize4", args)
+    return packed, absmax
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", FORMATS)
+def test_quantize4(quant_type, dtype, order):
+    for n, blocksize, offset in [(1, 64, 0), (63, 32, 0), (64, 64, 0), (2048, 64, 0), (4097, 64, 0),
+                                 (2049, 128, 1), (1000, 256, 0), (5000, 512, 0), (9001, 4096, 3)]:  # fmt: skip
+        for kind in ("normal", "wild"):
+            x = data(n, dtype, n, kind)
+            packed, absmax = quantize4(x, quant_type, blocksize, offset, order)
+            expected_packed, expected_absmax = _C.quantize_4bit(x, quant_type, blocksize)
+            assert same(absmax, expected_absmax), (n, blocksize, kind)
+            assert np.array_equal(packed, expected_packed), (n, blocksize, kind)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 3000),
+    st.sampled_from([32, 64, 128, 256, 512, 1024, 2048, 4096]),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from(sorted(FORMATS)),
+    st.integers(0, 7),
+    st.integers(0, 2),
+)
+def test_quantize4_any_shape(n, blocksize, dtype, quant_type, offset, order):
+    x = data(n, dtype, n + blocksize, "wild")
+    packed, absmax = quantize4(x, quant_type, blocksize, offset, order)
+    expected_packed, expected_absmax = _C.quantize_4bit(x, quant_type, blocksize)
+    assert same(absmax, expected_absmax)
+    assert np.array_equal(packed, expected_packed)
+
+
+@pytest.mark.parametrize("quant_type", FORMATS)
+def test_quantize4_at_every_border(quant_type):
+    """The floats around each threshold, and every magnitude of a grid, in blocks whose absmax is 1."""
+    value = np.sort(np.asarray(_C.codebook(quant_type), np.float32))
+    near = (value[1:] + value[:-1])[:, None] / 2
+    near = near.view(np.int32) + np.arange(-40, 41, dtype=np.int32)
+    grid = np.linspace(-1, 1, 4001, dtype=np.float32)
+    middle = np.concatenate([grid, np.float32([0.0, -0.0, 1e-45, -1e-45]), near.view(np.float32).ravel()])
+    middle = middle[np.abs(middle) <= 1]  # not the NaNs just below 0
+    blocks = -(-middle.size // 63)
+    x = np.zeros((blocks, 64), np.float32)
+    x[:, 0] = 1
+    x[:, 1:] = np.resize(middle, (blocks, 63))
+    packed, absmax = quantize4(x.ravel(), quant_type, 64)
+    assert np.array_equal(packed, _C.quantize_4bit(x.ravel(), quant_type, 64)[0])
+    assert (absmax == 1).all()
+
+
+def dequantize4(packed, absmax, quant_type, blocksize, start, n, dtype, nested=None, offset=0, order=0):
+    emulator = emulated()
+    emulator.reset(order, seed=n)
+    codes = aligned(packed.size, np.uint8, offset)
+    codes[:] = packed
+    scales = Scales4(nested_blocksize=256)
+    if nested is None:
+        scales.absmax = emulator.register(absmax)
+    else:
+        scales.absmax_codes = emulator.register(absmax)
+        scales.nested_absmax = emulator.register(nested["absmax"])
+        scales.nested_map = emulator.register(nested["map"])
+        if nested["by_pointer"]:
+            scales.nested_offset = emulator.register(nested["offset"])
+        else:
+            scales.nested_offset_value = float(nested["offset"][0])
+    out = aligned(n, NUMPY[dtype], offset)
+    args = Dequantize4(
+        packed=emulator.register(codes),
+        scales=scales,
+        format=FORMATS[quant_type],
+        out_dtype=DTYPES[dtype],
+        blocksize=blocksize,
+        start=start,
+        n=n,
+        out=emulator.register(out, True),
+    )
+    emulator.run("dequantize4", args)
+    return out
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 6000),
+    st.sampled_from([32, 64, 128, 512, 4096]),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from(sorted(FORMATS)),
+    st.integers(0, 3),
+    st.sampled_from([0, 16, 1, 7, 64]),
+    st.sampled_from([None, "pointer", "value"]),
+    st.integers(0, 2),
+)
+def test_dequantize4(n, blocksize, dtype, quant_type, offset, start, nesting, order):
+    x = data(n, "float32", n)
+    packed, absmax = map(np.asarray, _C.quantize_4bit(x, quant_type, blocksize))
+    start = min(start, n)
+    nested, extra = None, {}
+    if nesting:
+        absmax, nested_absmax, mean = _C.nest_absmax(absmax)
+        absmax, nested_absmax = np.asarray(absmax), np.asarray(nested_absmax)
+        table = np.asarray(_C.map8("dynamic"), np.float32)
+        nested = {"absmax": nested_absmax, "map": table, "offset": np.float32([mean]),
+                  "by_pointer": nesting == "pointer"}  # fmt: skip
+        extra = {"nested_absmax": nested_absmax, "nested_map": table, "nested_offset": mean}
+    out = dequantize4(packed, absmax, quant_type, blocksize, start, n - start, dtype, nested, offset, order)
+    expected = _C.dequantize_4bit(
+        packed, absmax, quant_type, blocksize, (n - start,), dtype, start=start, **extra
+    )
+    assert same(out, np.asarray(expected).view(NUMPY[dtype]))
+
+
+def search_tree(table):
+    """hb_search8_init: a value at the float32 midpoint goes to the even entry of the two."""
+    low, high = table[:-1], table[1:]
+    middle = (low + high) * np.float32(0.5)
+    odd = (np.arange(255) % 2 == 1) & (low != high)
+    threshold = np.maximum.accumulate(np.where(odd, np.nextafter(middle, np.float32(-np.inf)), middle))
+    tree = np.zeros(256, np.float32)
+    for level in range(8):
+        k = np.arange(1 << level)
+        tree[(1 << level) + k] = threshold[(2 * k + 1) * (128 >> level) - 1]
+    return tree
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5000),
+    st.sampled_from([1, 7, 8, 64, 100, 256, 2048, 4096]),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from(["dynamic", "dynamic_unsigned", "linear", "fp8_e4m3"]),
+    st.integers(0, 5),
+    st.integers(0, 2),
+)
+def test_codec8(n, blocksize, dtype, name, offset, order):
+    emulator = emulated()
+    x = data(n, dtype, n, "wild")
+    table = np.asarray(_C.map8(name), np.float32)
+    expected_codes, expected_absmax = map(np.asarray, _C.quantize_8bit(x, table, blocksize))
+
+    emulator.reset(order, seed=n)
+    source, codes = aligned(n, x.dtype, offset), aligned(n, np.uint8, offset)
+    source[:] = x
+    absmax = aligned(-(-n // blocksize), np.float32)
+    tree = search_tree(table)
+    emulator.run("quantize8", Quantize8(x=emulator.register(source), tree=emulator.register(tree),
+                 x_dtype=DTYPES[dtype], blocksize=blocksize, n=n, codes=emulator.register(codes, True),
+                 absmax=emulator.register(absmax, True)))  # fmt: skip
+    assert same(absmax, expected_absmax)
+    assert np.array_equal(codes, expected_codes)
+
+    emulator.reset(order, seed=n)
+    out = aligned(n, NUMPY[dtype], offset)
+    emulator.run("dequantize8", Dequantize8(codes=emulator.register(codes), absmax=emulator.register(absmax),
+                 map=emulator.register(table), out_dtype=DTYPES[dtype], blocksize=blocksize, n=n,
+                 out=emulator.register(out, True)))  # fmt: skip
+    expected = _C.dequantize_8bit(codes, absmax, table, blocksize, dtype=dtype)
+    assert same(out, np.asarray(expected).view(NUMPY[dtype]))
