@@ -236,8 +236,7 @@ int hb_arg_shape(const char *function, const char *name, PyObject *value, int *n
         goto done;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        if (hb_arg_int64(function, name, PyTuple_GET_ITEM(sizes, i), &shape[i]) < 0)
-            goto done;
+        if (hb_arg_int64(function, name, PyTuple_GET_ITEM(sizes, i), &shape[i]) < 0) goto done;
         if (shape[i] < 0 || __builtin_mul_overflow(*numel, shape[i], numel)) {
             PyErr_Format(PyExc_ValueError,
                          "%s: %s, expected sizes >= 0 with a product of 64 bits, got %R", function,
