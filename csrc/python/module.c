@@ -26,10 +26,13 @@ static int add_strings(hb_state *state)
     state->str_dlpack = PyUnicode_InternFromString("__dlpack__");
     state->str_dlpack_device = PyUnicode_InternFromString("__dlpack_device__");
     state->str_exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+    state->str_is_neg = PyUnicode_InternFromString("is_neg");
+    state->str_resolve_neg = PyUnicode_InternFromString("resolve_neg");
     state->dlpack_kwnames = Py_BuildValue("(N)", PyUnicode_InternFromString("max_version"));
     state->dlpack_max_version = Py_BuildValue("(ii)", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
     return state->str_dlpack && state->str_dlpack_device && state->str_exchange_api &&
-                   state->dlpack_kwnames && state->dlpack_max_version
+                   state->str_is_neg && state->str_resolve_neg && state->dlpack_kwnames &&
+                   state->dlpack_max_version
                ? 0
                : -1;
 }
@@ -121,6 +124,8 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->str_dlpack);
     Py_CLEAR(state->str_dlpack_device);
     Py_CLEAR(state->str_exchange_api);
+    Py_CLEAR(state->str_is_neg);
+    Py_CLEAR(state->str_resolve_neg);
     Py_CLEAR(state->dlpack_kwnames);
     Py_CLEAR(state->dlpack_max_version);
     hb_exchange_clear(state);

@@ -16,6 +16,7 @@
 typedef struct {
     PyTypeObject *type; // strong
     const DLPackExchangeAPI *api;
+    bool lazy_negation; // has is_neg(): see hb_exchange_get
 } hb_exchange_entry;
 
 typedef struct {
@@ -33,6 +34,8 @@ typedef struct {
     PyObject *str_dlpack;         // "__dlpack__"
     PyObject *str_dlpack_device;  // "__dlpack_device__"
     PyObject *str_exchange_api;   // "__dlpack_c_exchange_api__"
+    PyObject *str_is_neg;         // "is_neg"
+    PyObject *str_resolve_neg;    // "resolve_neg"
     PyObject *dlpack_kwnames;     // ("max_version",)
     PyObject *dlpack_max_version; // (1, 3)
 

@@ -348,10 +348,10 @@ static int find_producer(hb_state *state, PyObject *object, const char *function
                          unsigned take, hb_array *array)
 {
     if (hb_numpy_check_exact(object)) return hb_numpy_get(object, function, name, take, array);
-    bool failed = false;
-    const DLPackExchangeAPI *api = hb_exchange_api(state, Py_TYPE(object), &failed);
-    if (failed) return -1;
-    if (api != NULL) return hb_exchange_get(api, object, function, name, take, array);
+    hb_exchange_entry entry;
+    int exchange = hb_exchange_find(state, Py_TYPE(object), &entry);
+    if (exchange < 0) return -1;
+    if (exchange > 0) return hb_exchange_get(state, &entry, object, function, name, take, array);
     if (hb_numpy_check(object)) return hb_numpy_get(object, function, name, take, array);
     int found = hb_dlpack_get(state, object, function, name, array);
     if (found != 0) return found < 0 ? -1 : 0;

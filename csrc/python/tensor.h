@@ -88,10 +88,10 @@ PyObject *hb_numpy_wrap(PyObject *owner, void *data, hb_dtype dtype, int ndim,
 
 // ---- dlpack.c ---------------------------------------------------------------------------------
 
-// The type's exchange table, or NULL; *failed is set when an exception is.
-const DLPackExchangeAPI *hb_exchange_api(hb_state *state, PyTypeObject *type, bool *failed);
-int hb_exchange_get(const DLPackExchangeAPI *api, PyObject *object, const char *function,
-                    const char *name, unsigned take, hb_array *array);
+// The type's exchange table and what else is known of it. 1: found, 0: none, -1: exception.
+int hb_exchange_find(hb_state *state, PyTypeObject *type, hb_exchange_entry *entry);
+int hb_exchange_get(hb_state *state, const hb_exchange_entry *entry, PyObject *object,
+                    const char *function, const char *name, unsigned take, hb_array *array);
 PyObject *hb_exchange_new(const DLPackExchangeAPI *api, hb_dtype dtype, int ndim,
                           const int64_t *shape, void **data);
 // 1: done, 0: the object has no __dlpack__, -1: exception.

@@ -397,6 +397,25 @@ def test_torch_dtypes(dtype):
 
 
 @needs_torch
+def test_torch_negated_views():
+    """The imaginary part of a conjugate is stored without its sign."""
+    z = torch.complex(torch.from_numpy(X), torch.from_numpy(X[::-1].copy()))
+    negated = z.conj().imag
+    assert negated.is_neg() and negated.data_ptr() != 0
+    exact = -X[::-1]
+    assert_reads(negated, exact)
+    assert_reads(torch._neg_view(torch.from_numpy(X)), -X)
+    layer = _C.Linear4bit.from_float(torch.randn(5, 64))
+    assert torch.equal(layer(negated), layer(torch.from_numpy(exact.copy())))
+    eight = _C.Linear8bit.from_float(torch.randn(5, 64))
+    assert torch.equal(eight(negated), eight(torch.from_numpy(exact.copy())))
+    bias = torch._neg_view(torch.ones(5))
+    assert torch.equal(_C.Linear4bit(layer.weight, bias).bias, torch.full((5,), -1.0))
+    with pytest.raises(BufferError, match="Params4bit.dequantize: out, .* got a negated view"):
+        layer.weight.dequantize(out=torch._neg_view(torch.ones(5, 64)))
+
+
+@needs_torch
 def test_torch_memory_that_does_not_exist():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
