@@ -3,6 +3,7 @@
 #   make             .venv with everything, and the extension module built in place
 #   make demo        quantize the bundled model, measure it, print a table, draw a picture
 #   make test        the whole test suite         make test-slow   the tests that take minutes
+#   make test-versions  the integrations with older releases of transformers, PEFT, ...
 #   make bench       every kernel beside the machine's bandwidth and peak
 #   make asan        C and Python suites under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make tsan        C suite under ThreadSanitizer
@@ -34,7 +35,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where there is a CUDA toolkit: the oldest architecture and the H100/H200's. pip install builds all.
 export HALFBYTE_CUDA_ARCHS ?= 75;90
 
-.PHONY: all demo test test-slow bench asan tsan lint fmt dist clean
+.PHONY: all demo test test-slow test-versions bench asan tsan lint fmt dist clean
 .DELETE_ON_ERROR:
 
 all: $(VENV)/.built
@@ -83,6 +84,10 @@ test: $(VENV)/.built
 
 test-slow: $(VENV)/.built
 	@$(PY) -m pytest -m slow $(TESTS)
+
+# The integrations with older releases of transformers, PEFT and others, in environments under build/versions.
+test-versions: $(VENV)/.built
+	@$(PY) tests/compat/versions.py
 
 bench: $(VENV)/.built
 	@$(PY) -m benchmarks $(OP)

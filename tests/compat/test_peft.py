@@ -96,7 +96,7 @@ def test_training_lowers_the_loss(tiny_llama, heldout_text, bits, method, checkp
         model, lora(r=8, lora_dropout=0.05, use_dora=method == "dora", use_rslora=method == "rslora")
     )
     frozen = {n: m.weight.detach().clone() for n, m in base_layers(model).items()}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer = tiny_models.tokenizer(tiny_llama)
     ids = tokenizer(heldout_text, return_tensors="pt")["input_ids"][:, : 2 * 48].view(2, 48)
     optimizer = bnb.optim.PagedAdamW8bit((p for p in model.parameters() if p.requires_grad), lr=2e-3)
     model.train()

@@ -164,7 +164,7 @@ def test_trains_a_quantized_model_with_adapters(tiny_llama, heldout_text, tmp_pa
     lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, lora)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer = tiny_models.tokenizer(tiny_llama)
     ids = tokenizer(heldout_text, return_tensors="pt")["input_ids"][0, : 8 * 48].view(8, 48)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),

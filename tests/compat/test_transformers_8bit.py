@@ -40,7 +40,7 @@ def logits(model, **inputs):
 
 @pytest.fixture(scope="module")
 def text(tiny_llama):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer = tiny_models.tokenizer(tiny_llama)
     return tokenizer("The tests of this library are run by", return_tensors="pt")
 
 
@@ -86,7 +86,7 @@ def test_generates_what_its_logits_say(trained, text):
 
 def test_understands_english(trained, tiny_llama, heldout_text):
     """8 bits cost next to nothing of what the model knows."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer = tiny_models.tokenizer(tiny_llama)
     ids = tokenizer(heldout_text, return_tensors="pt")["input_ids"][:, : 8 * 256].view(8, 256)
     dense = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -4,6 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import tiny_models  # noqa: E402
 from lazy import lazy  # noqa: E402
 
 transformers = lazy("transformers")
@@ -48,7 +49,7 @@ def test_sft_with_qlora(tiny_llama, heldout_text, tmp_path, bits):
         model=model,
         args=arguments,
         train_dataset=train,
-        processing_class=transformers.AutoTokenizer.from_pretrained(tiny_llama),
+        processing_class=tiny_models.tokenizer(tiny_llama),
         peft_config=peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     kinds = {type(m.weight).__name__ for n, m in run.model.named_modules() if n.endswith("base_layer")}

@@ -83,6 +83,15 @@ def save(folder, family, dtype=torch.bfloat16, seed=0, **kwargs):
     return folder
 
 
+def tokenizer(folder):
+    """The bundled model's tokenizer; its configuration names a class that transformers 4 does not know."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+
+    return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", **tokens)
+
+
 def auto_class(family):
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
