@@ -38,18 +38,9 @@ def objects(tmp_path_factory) -> Path:
     ):
         return built[-1].parent
     base = tmp_path_factory.mktemp("build")
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-temp",
-        str(base / "t"),
-        "--build-lib",
-        str(base / "l"),
-    ]
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(base), "--build-lib", str(base / "lib")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return base / "t" / "csrc"
+    return next(base.glob("temp.*")) / "csrc"
 
 
 def test_only_the_init_function_is_exported():

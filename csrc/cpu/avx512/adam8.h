@@ -15,9 +15,12 @@
 enum { BLOCK = 256 };
 
 // Encodes a block whose largest magnitude is *absmax. keep_sign: negative values do not become 0.
-static inline void encode_block(const float *values, float absmax, const ladder *l,
+static inline void encode_block(const float *values, float absmax, const ladder *from,
                                 const hb_search8 *search, bool keep_sign, uint8_t *codes)
 {
+    ladder own = *from; // is_signed known to the compiler
+    own.is_signed = keep_sign;
+    const ladder *l = &own;
     const __m512 inverse = _mm512_set1_ps(1.0f / absmax);
     const __m512i least = _mm512_sub_epi8(l->zero, _mm512_set1_epi8(1));
     for (int i = 0; i < BLOCK; i += 64) {
@@ -27,7 +30,7 @@ static inline void encode_block(const float *values, float absmax, const ladder 
         for (int g = 0; g < 4; g++) {
             __m512 x = _mm512_load_ps(values + i + 16 * g);
             v[g] = _mm512_mul_ps(x, inverse);
-            steps[g] = climb(l, v[g], &near[g]);
+            steps[g] = climb(l, v[g], true, &near[g]);
             negative[g] = keep_sign ? _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ) : 0;
         }
         __m512i code = sixty_four_codes(l, negative, steps);
@@ -49,7 +52,7 @@ static inline void encode_block(const float *values, float absmax, const ladder 
 }
 
 static inline void adam8(void *p, const void *g, int64_t blocks, const hb_states8 *states,
-                         const hb_optim_scalars *scalars, hb_dtype io)
+                         const hb_optim_scalars *scalars, bool scaled, hb_dtype io)
 {
     const decoder decoder1 = make_decoder(states->map1), decoder2 = make_decoder(states->map2);
     const ladder ladder1 = load_ladder(&states->search1->ladder);
@@ -76,7 +79,7 @@ static inline void adam8(void *p, const void *g, int64_t blocks, const hb_states
                 __m512 raw = load_f32x16(g, at, io), parameter = load_f32x16(p, at, io);
                 // An element whose gradient is not finite is left alone, its states become zero.
                 __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(raw, 0x99));
-                __m512 gradient = _mm512_mul_ps(gnorm, raw);
+                __m512 gradient = scaled ? _mm512_mul_ps(gnorm, raw) : raw;
                 __m512 m = _mm512_mul_ps(first[k], scale1), v = _mm512_mul_ps(second[k], scale2);
                 m = _mm512_maskz_add_ps(finite, _mm512_mul_ps(beta1, m),
                                         _mm512_mul_ps(rest1, gradient));
@@ -104,5 +107,8 @@ static inline void adam8(void *p, const void *g, int64_t blocks, const hb_states
     void hb_dyn8_adam_##io##_##isa(void *p, const void *g, int64_t blocks,                         \
                                    const hb_states8 *states, const hb_optim_scalars *scalars)      \
     {                                                                                              \
-        adam8(p, g, blocks, states, scalars, dtype);                                               \
+        if (scalars->gnorm_scale == 1.0f)                                                          \
+            adam8(p, g, blocks, states, scalars, false, dtype);                                    \
+        else                                                                                       \
+            adam8(p, g, blocks, states, scalars, true, dtype);                                     \
     }

@@ -20,7 +20,7 @@ static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *sear
             __mmask16 near[4], negative[4];
             for (int g = 0; g < 4; g++) {
                 v[g] = _mm512_mul_ps(load_f32x16(x, i + 16 * g, io), inverse);
-                steps[g] = climb(&l, v[g], &near[g]);
+                steps[g] = climb(&l, v[g], false, &near[g]);
                 negative[g] = sign_bits(v[g]);
             }
             _mm512_storeu_si512(codes + i, sixty_four_codes(&l, negative, steps));
@@ -32,7 +32,7 @@ static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *sear
         for (; i < end; i += 16) {
             __mmask16 lanes = first_lanes(end - i), near;
             __m512 v = _mm512_mul_ps(load_lanes_f32x16(x, i, lanes, io), inverse);
-            __m128i code = sixteen_codes(&l, sign_bits(v), climb(&l, v, &near));
+            __m128i code = sixteen_codes(&l, sign_bits(v), climb(&l, v, false, &near));
             if ((near & lanes) != 0) code = search_codes(search, v);
             _mm_mask_storeu_epi8(codes + i, lanes, code);
         }

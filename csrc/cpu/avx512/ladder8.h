@@ -58,7 +58,7 @@ static inline __m512i code_of(const tree *t, __m512 v)
 
 typedef struct {
     __m512 border, slope, offset; // eight entries, twice
-    __m512i cap;
+    __m512i cap;  // offset and cap are one more, which makes the test for `near` short
     __m512i zero; // bytes
     bool is_signed;
 } ladder;
@@ -68,22 +68,26 @@ static inline ladder load_ladder(const hb_ladder8 *from)
     return (ladder){
         .border = _mm512_broadcast_f32x8(_mm256_loadu_ps(from->border)),
         .slope = _mm512_broadcast_f32x8(_mm256_loadu_ps(from->slope)),
-        .offset = _mm512_broadcast_f32x8(_mm256_loadu_ps(from->offset)),
-        .cap = _mm512_broadcast_i32x8(_mm256_loadu_si256((const void *)from->cap)),
+        .offset = _mm512_add_ps(_mm512_broadcast_f32x8(_mm256_loadu_ps(from->offset)),
+                                _mm512_set1_ps(1.0f)),
+        .cap = _mm512_add_epi32(_mm512_broadcast_i32x8(_mm256_loadu_si256((const void *)from->cap)),
+                                _mm512_set1_epi32(1)),
         .zero = _mm512_set1_epi8((char)from->zero),
         .is_signed = from->is_signed,
     };
 }
 
-// floor(q / UNIT) of sixteen elements; `near` gets those that only the search can decide.
-static inline __m512i climb(const ladder *l, __m512 v, __mmask16 *near)
+// floor(q / UNIT) of sixteen elements; `near` gets those that only the search can decide. `bounded`
+// says that |v| is below 2 (or NaN).
+static inline __m512i climb(const ladder *l, __m512 v, bool bounded, __mmask16 *near)
 {
     // As integers negative numbers become 0. min gives its second operand for NaN, and the
     // conversion to q INT_MIN.
     __m512i bits = _mm512_castps_si512(v);
     bits = l->is_signed ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff))
                         : _mm512_max_epi32(bits, _mm512_setzero_si512());
-    __m512 a = _mm512_min_ps(_mm512_set1_ps(1.0f), _mm512_castsi512_ps(bits));
+    __m512 a = _mm512_castsi512_ps(bits);
+    if (!bounded) a = _mm512_min_ps(_mm512_set1_ps(1.0f), a);
     __m512i high = _mm512_srli_epi32(_mm512_castps_si512(a), 16);
     high = _mm512_subs_epu16(high, _mm512_set1_epi32(HB_LADDER_FLOOR));
     __m512i range = _mm512_mulhi_epu16(high, _mm512_set1_epi32(HB_LADDER_RATE));
@@ -92,8 +96,7 @@ static inline __m512i climb(const ladder *l, __m512 v, __mmask16 *near)
     __m512i q = _mm512_cvttps_epi32(_mm512_fmadd_ps(_mm512_permutexvar_ps(range, l->slope), a,
                                                     _mm512_permutexvar_ps(range, l->offset)));
     q = _mm512_min_epi32(q, _mm512_permutexvar_epi32(range, l->cap));
-    *near = _mm512_testn_epi32_mask(_mm512_add_epi32(q, _mm512_set1_epi32(1)),
-                                    _mm512_set1_epi32(HB_LADDER_UNIT - 2));
+    *near = _mm512_testn_epi32_mask(q, _mm512_set1_epi32(HB_LADDER_UNIT - 2));
     return _mm512_srli_epi32(q, HB_LADDER_SHIFT);
 }
 
