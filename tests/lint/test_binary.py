@@ -38,7 +38,16 @@ def objects(tmp_path_factory) -> Path:
     ):
         return built[-1].parent
     base = tmp_path_factory.mktemp("build")
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(base), "--build-lib", str(base / "lib")]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        "--build-base",
+        str(base),
+        "--build-lib",
+        str(base / "lib"),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return next(base.glob("temp.*")) / "csrc"
 
