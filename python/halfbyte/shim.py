@@ -4,6 +4,8 @@ Two things are put at the front of `sys.meta_path`, in one object: a finder that
 `bitsandbytes` from the files of `halfbyte.bitsandbytes`, and a distribution record of that name for
 `importlib.metadata`. Nothing enters `sys.modules` before somebody imports the module, because some callers
 take its mere presence there for use (accelerate's notebook launcher, TRL's activation offloading).
+
+`python -m halfbyte.shim install|remove` does the same for good (see permanent.py).
 """
 
 import importlib.metadata
@@ -11,7 +13,7 @@ import runpy
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -59,6 +61,14 @@ class _Finder:
 
     def invalidate_caches(self) -> None:
         pass
+
+
+def take_over() -> None:
+    """Put the stand-in into the place of the module `bitsandbytes` that is being imported and calls this."""
+    spec = _Finder("absmax").find_spec(NAME)
+    module = module_from_spec(spec)
+    sys.modules[NAME] = module
+    spec.loader.exec_module(module)
 
 
 def _installed() -> _Finder | None:
@@ -142,3 +152,9 @@ def run_script(path: str, argv: Iterable[str] = (), scales: Literal["absmax", "s
     sys.argv = [path, *argv]
     sys.path[0] = str(script.resolve().parent)
     runpy.run_path(path, run_name="__main__")
+
+
+if __name__ == "__main__":
+    from halfbyte.permanent import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -37,19 +37,12 @@ TYPES = ["nf4", "fp4"]
 STORAGES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 
 # What bitsandbytes has and halfbyte has not, and why.
-_REPACKING = "weights are never repacked, so there is nothing to convert"
 _LIBRARIES = "chooses or describes one of bitsandbytes' own shared libraries"
 NOT_HERE = {
     "functional": {
         "CUBLAS_Context": "a handle of cuBLAS, which is not used",
-        "_convert_weight_packed_for_cpu": _REPACKING,
-        "_convert_weight_packed_for_cpu_inverse": _REPACKING,
         "_cuda_device_of": "for its own CUDA launches",
         "_get_tensor_stream": "for its own CUDA launches",
-    },
-    "nn.modules": {
-        "_convert_weight_packed_for_cpu": _REPACKING,
-        "_convert_weight_packed_for_cpu_inverse": _REPACKING,
     },
     "cextension": {
         name: _LIBRARIES
@@ -261,6 +254,13 @@ def test_products(rows, nested, dtype, quant_type):
     if rows == 1 and not B.has_avx512bf16():  # where it has, theirs wants codes in another order
         ours, theirs = H.gemv_4bit(x, packed, state=mine), B.gemv_4bit(x, packed, state=state)
         assert ours.shape == theirs.shape and ((ours.double() - theirs.double()).abs() <= allowed).all()
+
+
+def test_nothing_is_repacked():
+    packed, state = H.quantize_4bit(tensor(64, 64), quant_type="nf4")
+    for convert in (H._convert_weight_packed_for_cpu, H._convert_weight_packed_for_cpu_inverse):
+        assert convert(packed, state) == (packed, state)
+    assert H.has_avx512bf16() == B.has_avx512bf16()
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -44,6 +44,8 @@ __all__ = [
     "C",
     "GlobalPageManager",
     "QuantState",
+    "_convert_weight_packed_for_cpu",
+    "_convert_weight_packed_for_cpu_inverse",
     "_mul",
     "batched_igemm",
     "check_matmul",
@@ -545,5 +547,19 @@ def int8_double_quant(
 
 
 def has_avx512bf16() -> bool:
-    """Whether weights must be repacked before a product on this CPU: never here, whatever the CPU has."""
-    return False
+    """Whether this CPU multiplies bfloat16 in 512-bit vectors. bitsandbytes repacks weights where it does."""
+    return _C.cpu_info()["detected"] == "avx512bf16"
+
+
+def _convert_weight_packed_for_cpu(
+    qweight: Tensor, quant_state: QuantState, block_n: int = 32
+) -> tuple[Tensor, QuantState]:
+    """Weight and state as they are: the kernels here read the layout of checkpoints."""
+    return qweight, quant_state
+
+
+def _convert_weight_packed_for_cpu_inverse(
+    packed_weight: Tensor, quant_state: QuantState, block_n: int = 32
+) -> tuple[Tensor, QuantState]:
+    """Weight and state as they are, see `_convert_weight_packed_for_cpu`."""
+    return packed_weight, quant_state

@@ -1,6 +1,11 @@
 """Layers and parameters with quantized weights, by `halfbyte.torch.nn`."""
 
-from halfbyte.torch.functional import QuantState, has_avx512bf16
+from halfbyte.torch.functional import (
+    QuantState,
+    _convert_weight_packed_for_cpu,
+    _convert_weight_packed_for_cpu_inverse,
+    has_avx512bf16,
+)
 from halfbyte.torch.nn import (
     Embedding,
     Embedding4bit,
@@ -41,6 +46,8 @@ __all__ = [
     "Params4bit",
     "QuantState",
     "StableEmbedding",
+    "_convert_weight_packed_for_cpu",
+    "_convert_weight_packed_for_cpu_inverse",
     "fix_4bit_weight_quant_state_from_module",
     "has_avx512bf16",
     "maybe_rearrange_weight",
