@@ -5,11 +5,11 @@ stand-in, and ends with exit status 0 if and only if all is well; so a mistake m
 it does fail with the real package is asserted as well, which shows that the test can fail. Numbers in names are
 those of a study of the package: `s7_` its list of behaviours not to copy, `f` its list of failures; `x_`
 was found by comparing the two here. "avx512bf16" means that the real one fails only on processors with that
-extension, for which it repacks weights at the first call; "sometimes", that it depends on the timing of threads.
+extension, for which it repacks weights at the first call; "sometimes", that it depends on the timing of threads;
+"never", that it takes a GPU to be seen, or that there is no difference.
 
-Not here, because there it takes a GPU to see: the int8 epilogue in float16 (7.6 on CUDA), AdEMAMix' scales that
-overlap (7.8), streams (7.10). What halfbyte does instead is tested in tests/py: no result passes through float16,
-test_8bit_ademamix_keeps_its_states_apart.
+Not here: a bias that takes the dtype of the input (7.9), which is kept because bitsandbytes' own tests ask for it,
+and streams (7.10), for which it takes a GPU.
 """
 
 import functools
@@ -84,14 +84,6 @@ def s7_2_saving_after_inference():
 
 
 @case("avx512bf16")
-def s7_2_float_storage_after_inference():
-    lin = layer(quant_storage=torch.bfloat16).eval()
-    with torch.no_grad():
-        lin(torch.randn(2, 64, dtype=torch.bfloat16))
-    assert lin.state_dict()["weight"].dtype == torch.bfloat16
-
-
-@case("avx512bf16")
 def s7_3_training_after_inference():
     lin = layer().eval()
     with torch.no_grad():
@@ -149,7 +141,7 @@ def s7_6_large_bfloat16_activations_in_int8():
     assert torch.isfinite(y).all() and y.abs().max() > 1e3
 
 
-@case("always")
+@case("never")
 def s7_6_large_outputs_in_int8():
     lin = bnb.nn.Linear8bitLt(64, 16, bias=False, has_fp16_weights=False, threshold=0.0)
     lin.weight.data.fill_(30.0)
@@ -177,15 +169,26 @@ def s7_7_a_parent_moves_the_state_of_its_int8_layers():
     assert model[0].state.CB.data_ptr() == model[0].weight.data_ptr()
 
 
-@case("always")
+@case("never")
 def s7_8_bfloat16_gradients_of_all_optimizers_in_8_bits():
-    """LAMB8bit and LARS8bit raise for tensors of 4096 elements and more."""
+    """On CUDA theirs raise for tensors of 4096 elements and more; on the CPU they work too."""
     for name, more in (("LAMB8bit", {}), ("LARS8bit", {"momentum": 0.9, "lr": 0.1})):
         p = torch.nn.Parameter(torch.randn(64, 128).bfloat16())
         p.grad = torch.randn_like(p)
         before = p.detach().clone()
         getattr(bnb.optim, name)([p], **more).step()
         assert torch.isfinite(p).all() and not torch.equal(p, before)
+
+
+@case("never")
+def s7_8_the_two_momenta_of_ademamix_in_8_bits():
+    """On CUDA theirs share a scale where the number of elements is no multiple of 256."""
+    p = torch.nn.Parameter(torch.zeros(4100))
+    p.grad = torch.ones(4100)
+    opt = bnb.optim.AdEMAMix8bit([p], betas=(0.9, 0.999, 0.9999))
+    opt.step()
+    scales = opt.state[p]["absmax1"].view(2, -1)
+    close(scales / torch.tensor([[0.1], [1e-4]]), torch.ones(2, 17), 1e-3)
 
 
 @case("always", timeout=20)
@@ -358,6 +361,7 @@ for name, (code, timeout) in cases.items():
     said = tempfile.TemporaryFile("w+")
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         os.dup2(said.fileno(), 2)
         try:
             exec(code, dict(globals()))
@@ -372,7 +376,7 @@ for name, (code, timeout) in cases.items():
         if done:
             break
         if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)  # with children of its own
             status = os.waitpid(child, 0)[1]
             break
         time.sleep(0.02)
