@@ -121,7 +121,7 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, int64_t 
         for (int r = 0; r < rows; r++) {
             words[r] = _mm512_loadu_si512(packed[r] + k / 2);
             scale[r] = group_scales(absmax[r], k, depth, blocksize, shift);
-            prefetch_ahead(packed[0], k, r, rows);
+            prefetch_ahead(packed, k, r, rows);
         }
         dot_group(words, scale, codebook, x + k, x_stride, rows, n_x, total);
     }
@@ -154,6 +154,10 @@ INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t
 INLINE void dot_blocks(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
                        __m512i codebook, const uint16_t *x, int n_x, float *y, int64_t y_stride)
 {
+    if (n_x == 1 && depth >= LONG_DEPTH) {
+        dot_rows(w, n_rows, depth, blocksize, codebook, x, 4, 1, y, y_stride);
+        return;
+    }
     switch (n_x) {
     case 1: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 1, y, y_stride); break;
     case 2: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 2, y, y_stride); break;
