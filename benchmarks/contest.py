@@ -8,6 +8,7 @@ it chooses among copies of its data.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ BURST = 4
 LEAST_SAMPLES = 5
 
 Call = Callable[[int], Any]
+pin = False  # call keep_apart(); set by the command line
+spare_cpus: set[int] = set()  # what keep_apart() has taken from the main thread
 
 
 @dataclass
@@ -67,9 +70,26 @@ class Entry:
         return self.percentile(0.1)
 
 
+def keep_apart() -> None:
+    """Binds the main thread to the first CPU and all others to the rest, as they would lie on a quiet machine.
+    On a busy one the scheduler may leave two threads of ours on one CPU for seconds, whoever's they are."""
+    main, cpus = os.getpid(), sorted(os.sched_getaffinity(0) | spare_cpus)
+    if len(cpus) < 2:
+        return
+    spare_cpus.update(cpus)
+    for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setaffinity(thread, {cpus[0]} if thread == main else set(cpus[1:]))
+
+
 def measure(entries: list[Entry], seconds: float) -> None:
     """Fills the entries' samples (microseconds); `seconds` for all, but at least a few samples each."""
     order = list(entries)
+    if pin:
+        if spare_cpus:
+            os.sched_setaffinity(0, spare_cpus)  # threads that a first call starts inherit it
+        for entry in order:
+            entry.call(0)
+        keep_apart()
     shuffle = random.Random(0).shuffle
     began = time.perf_counter()
     while True:

@@ -21,6 +21,7 @@ import halfbyte.torch as ht
 from halfbyte import _C
 from halfbyte.torch import optim
 
+from . import contest as contests
 from .contest import Entry, measure, rows
 from .ruler import Ruler
 
@@ -66,7 +67,7 @@ class Bench:
 
     def read(self, nbytes: int) -> Entry:
         """The ruler: reads as many bytes, never the same ones soon."""
-        nbytes = max(1 << 16, nbytes >> 16 << 16)
+        nbytes = max(1 << 18, nbytes >> 18 << 18)
         places = max(1, len(self.room) // nbytes)
         return Entry(
             "read", lambda i: self.ruler.read(self.room[i % places * nbytes :][:nbytes]), bytes=nbytes
@@ -383,6 +384,7 @@ def run_contests(options: argparse.Namespace, threads: int) -> list[Row]:
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    contests.pin = options.pin
     bench, bnb = Bench(options, threads), bitsandbytes()
     table: list[Row] = []
     for name, contest in CONTESTS.items():

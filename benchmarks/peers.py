@@ -1,6 +1,7 @@
 """halfbyte against torch and bitsandbytes, interleaved in one process, beside what the machine can do.
 
-    python -m benchmarks peers [PART] [--threads 1,2] [--seconds N] [--size N] [--depth N] [--json FILE]
+    python -m benchmarks peers [PART] [--threads 1,2] [--seconds N] [--size N] [--depth N]
+                                  [--pin] [--json FILE]
 
 For each number of threads one process is started, with OMP_NUM_THREADS and HALFBYTE_NUM_THREADS set. Weights
 are 4096 x 4096 (--size outputs, --depth inputs); every call uses another copy, together more than four times
@@ -78,6 +79,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="for a contest, more or less (default 4)")
     parser.add_argument("--size", type=int, default=4096, help="outputs of the layers (default 4096)")
     parser.add_argument("--depth", type=int, help="inputs of the layers (default: as --size)")
+    parser.add_argument(
+        "--pin", action="store_true", help="keep threads on CPUs of their own (busy machines)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: build/benchmarks/peers.json")
     parser.add_argument("--rows-to", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -92,6 +96,7 @@ def main(arguments: list[str]) -> int:
     description = environment.describe() | {
         "isa": _C.cpu_info()["used"],
         "threads": threads,
+        "pinned": options.pin,
         "size": [options.size, options.depth or options.size],
         "versions": versions(),
     }

@@ -5,7 +5,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { PIECE = 1 << 16, MULTIPLY_ROUNDS = 1000 };
+enum { PIECE = 1 << 18, MULTIPLY_ROUNDS = 1000 };
 
 typedef struct {
     read_fn read;
@@ -40,7 +40,7 @@ int ruler_open(int threads)
     return pool == NULL;
 }
 
-// Reads `bytes` (rounded down to 64 KiB) once.
+// Reads `bytes` (rounded down to 256 KiB) once.
 void ruler_read(const void *data, int64_t bytes)
 {
     job j = {.read = widest_read(hb_cpu_detect()), .data = data};

@@ -53,7 +53,7 @@ class Ruler:
             raise MemoryError("ruler")
 
     def read(self, data: np.ndarray) -> None:
-        """Reads the bytes of a contiguous array once (but for a last partial 64 KiB)."""
+        """Reads the bytes of a contiguous array once (but for a last partial 256 KiB)."""
         self._library.ruler_read(data.ctypes.data, data.nbytes)
 
     def multiply(self, calls: int = 64) -> int:
