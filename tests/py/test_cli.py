@@ -143,6 +143,21 @@ def test_wrong_paths_are_named(arguments, code, match, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "m")) == before
 
 
+def test_what_a_file_says_does_not_reach_the_terminal_raw(tmp_path, capsys):
+    evil = "llama\x1b[2J\nerror[HB-E999]"
+    make_llama(tmp_path / "m", model_type=evil)
+    assert main(["inspect", str(tmp_path / "m")]) == 0
+    assert main(["plan", str(tmp_path / "m")]) == 0
+    assert main(["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "q"), "--to", "nf4"]) == 0
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": evil}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert main(["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "q2"), "--to", "nf4"]) == 4
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "\nerror[HB-E999]" not in out + err
+    assert r"llama\x1b[2J" in out and r"llama\x1b[2J" in err
+
+
 def test_json_without_nan(capsys):
     main_module.print_json({"a": float("nan"), "b": [1.5, (float("nan"),)]})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, [None]]}

@@ -172,7 +172,8 @@ def select(tensors: Iterable[TensorInfo], config: dict[str, Any], skip: Sequence
             f"--skip {sorted(unused)[0]!r} matches no linear layer",
             ["globs are compared with module names, for example 'model.layers.0.*' or '*.down_proj'"],
         )
-    architecture = str((config.get("architectures") or [""])[0])
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     generative = re.search(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$", architecture)
     notes = []
     skip_modules = None
@@ -180,7 +181,7 @@ def select(tensors: Iterable[TensorInfo], config: dict[str, Any], skip: Sequence
         skip_modules = _skip_modules(choices, {t.name for t in tensors if len(t.shape) == 2})
         if family not in AGREED:
             notes.append(
-                f"family '{family or 'unknown'}' is not in the checked list: layers were chosen by name"
+                f"family {ascii(family or 'unknown')[:80]} is not in the checked list: layers were chosen by name"
             )
     experts = sum(t.nbytes for t in tensors if choices[t.name].label == "expert")
     if experts:

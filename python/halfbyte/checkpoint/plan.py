@@ -262,7 +262,7 @@ def _refuse_quantized(model: ModelFolder) -> None:
     if method is not None:
         raise CheckpointError(
             "E431",
-            f"'{model.root.name}' is quantized already ({method})",
+            f"'{model.root.name}' is quantized already ({ascii(str(method))[1:-1][:80]})",
             ["quantizing twice loses twice"],
             "give the 16-bit or 32-bit model",
         )

@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(document)
         return 0
-    family = document["model_type"] or "unknown family"
+    family = document["model_type"]  # from the file: it must not talk to the terminal
+    family = ascii(family)[1:-1][:80] if isinstance(family, str) and family else "unknown family"
     print(f"{document['source']}  {family}  {len(document['files'])} file(s)")
     print(f"{'format':<24} {'tensors':>8} {'parameters':>18} {'bytes':>18} {'bits':>9}")
     everything = {**document, "format": "all", "tensors": len(document["tensors"])}

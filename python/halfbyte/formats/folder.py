@@ -159,7 +159,7 @@ def read_small(root: Path, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a file of a model folder, of at most `limit` bytes."""
     fd = open_regular(safe_join(root, name), name)
     with os.fdopen(fd, "rb") as file:
-        raw = file.read(limit + 1)
+        raw = file.read(min(os.fstat(fd).st_size, limit) + 1)  # a buffer of what is asked for is made at once
     if len(raw) > limit:
         raise CheckpointError("E420", f"'{name}' is larger than {limit:,} bytes")
     return raw
