@@ -411,7 +411,7 @@ def test_torch_negated_views():
     assert torch.equal(eight(negated), eight(torch.from_numpy(exact.copy())))
     bias = torch._neg_view(torch.ones(5))
     assert torch.equal(_C.Linear4bit(layer.weight, bias).bias, torch.full((5,), -1.0))
-    with pytest.raises(BufferError, match="Params4bit.dequantize: out, .* got a negated view"):
+    with pytest.raises(BufferError, match=r"Params4bit.dequantize: out, .* got a negated view"):
         layer.weight.dequantize(out=torch._neg_view(torch.ones(5, 64)))
 
 
