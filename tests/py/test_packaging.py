@@ -39,7 +39,7 @@ def unpacked(tmp_path_factory) -> Path:
 
 def test_the_source_distribution_is_complete(unpacked):
     """Sources, headers, tests, model and documentation, and no build output."""
-    kept = ("csrc/**/*", "python/halfbyte/**/*.py*", "tests/**/*", "benchmarks/*", "docs/*")
+    kept = ("csrc/**/*", "cuda/*", "python/halfbyte/**/*.py*", "tests/**/*", "benchmarks/*", "docs/*")
     rubbish = {".pyc", ".pyo", ".so", ".o", ".a"}
     for pattern in kept:
         here = {p.relative_to(ROOT) for p in ROOT.glob(pattern) if p.is_file() and p.suffix not in rubbish}
