@@ -89,6 +89,15 @@ def test_sizes_in_the_accuracy_table(clone):
         assert row(name)[1:3] == [f"{report.bits_per_parameter:.3f}", f"{weights:,}"], name
 
 
+def test_speeds_are_those_of_the_page_on_performance():
+    """The README repeats rows of docs/performance.md; a new measurement has to reach both."""
+    section = README.split("## What it gains in speed")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 10
+    assert not [row for row in rows if row not in measured]
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
