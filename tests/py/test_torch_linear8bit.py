@@ -309,3 +309,29 @@ def test_matmul_4bit(nested):
     cube, state3 = F.quantize_4bit(torch.randn(2, 4, 8), quant_type="nf4")
     with pytest.raises(ValueError, match="matrix"):
         matmul_4bit(x, cube, state3)
+
+
+def test_matmul_4bit_of_rows_cut_out_of_a_weight():
+    """As vLLM does: a view of some rows of the packed weight, not at the start of its storage, and its transpose."""
+    w, x = torch.randn(48, 64), torch.randn(3, 64)
+    packed, state = F.quantize_4bit(w, quant_type="nf4")
+    for first, last in ((0, 16), (16, 48), (47, 48)):
+        rows = packed[first * 32 : last * 32]
+        part = F.QuantState(
+            state.absmax[first:last], torch.Size((last - first, 64)), state.code, 64, "nf4", state.dtype
+        )
+        expected = x @ F.dequantize_4bit(packed, state)[first:last].t()
+        for view in (rows, rows.t()):
+            assert view.data_ptr() == packed.data_ptr() + first * 32
+            torch.testing.assert_close(matmul_4bit(x, view, part), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    lin = layer(training=True)
+    x = torch.randn(5, 40, requires_grad=True)
+    (expected,) = torch.autograd.grad(lin(x).square().sum(), x)
+    checkpoint(lin, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(x.grad, expected)
