@@ -7,9 +7,10 @@ float32. A checkpoint holds names and shapes, no module types, so the choice is 
     a 2-D float tensor called `<module>.weight` is a linear layer unless a rule below says what else it is.
 
 The rules were checked against every language-model family of transformers 5.23; tests/compat/
-test_checkpoint_layers.py does it again for the 37 most common. For the families in `AGREED` the choice is the same, and the config
-leaves `llm_int8_skip_modules` empty, as transformers would. For any other family, and with the user's own
-skips, the config names each module that stayed dense, so that a loader cannot choose differently.
+test_checkpoint_layers.py does it again for 37 common ones. For the families in `AGREED` the choice is the
+same, and the config leaves `llm_int8_skip_modules` empty, as transformers would. For any other family, and
+with the user's own skips, the config names each module that stayed dense, so that a loader cannot choose
+differently.
 """
 
 from __future__ import annotations
