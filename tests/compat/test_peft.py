@@ -367,7 +367,9 @@ def test_other_methods(folder, tmp_path, bits, method):
     for name, w in want.items():
         difference = (exact_weight(merged.get_submodule(name)) - w).norm()
         assert difference < (1e-2 if bits == 4 else 1e-3) * w.norm(), name  # roundings, some at ties
-    if method != "randlora":  # whose forward and get_delta_weight disagree on square layers in PEFT itself
+    # In PEFT itself, also with the real bitsandbytes: RandLora's forward and get_delta_weight disagree on
+    # square layers, and so did OFT's on quantized layers in 0.18.
+    if method != "randlora" and (method, peft.__version__ < "0.19") != ("oft", True):
         assert (logits(merged) - before).norm() < 0.4 * before.norm()
 
 
