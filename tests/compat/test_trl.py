@@ -25,7 +25,9 @@ def test_sft_with_qlora(tiny_llama, heldout_text, tmp_path, bits):
         )
     else:
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=config, dtype=torch.float32
+    )
     paragraphs = [p for p in heldout_text.split("\n\n") if len(p) > 200][:16]
     train = datasets.Dataset.from_list([{"text": p} for p in paragraphs])
     arguments = trl.SFTConfig(
@@ -58,7 +60,9 @@ def test_sft_with_qlora(tiny_llama, heldout_text, tmp_path, bits):
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert len(losses) == 6 and sum(losses[3:]) < sum(losses[:3])
     run.save_model(tmp_path / "adapter")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=config, dtype=torch.float32
+    )
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.arange(10, 20)[None]
     with torch.no_grad():
