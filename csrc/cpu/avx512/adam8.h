@@ -36,8 +36,7 @@ static inline void encode_block(const float *values, float absmax, const ladder 
         __m512i code = sixty_four_codes(l, negative, steps);
         __mmask64 below = 0;
         if (keep_sign) {
-            below = _mm512_kunpackd(_mm512_kunpackw(negative[3], negative[2]),
-                                    _mm512_kunpackw(negative[1], negative[0]));
+            below = join_masks(negative);
             code = _mm512_mask_min_epu8(code, below, code, least);
         }
         _mm512_storeu_si512(codes + i, code);
@@ -45,7 +44,8 @@ static inline void encode_block(const float *values, float absmax, const ladder 
             for (int g = 0; g < 4; g++) {
                 if (near[g] == 0) continue;
                 __m128i found = search_codes(search, v[g]);
-                found = _mm_mask_min_epu8(found, negative[g], found, _mm512_castsi512_si128(least));
+                __m512i all = _mm512_castsi128_si512(found);
+                found = _mm512_castsi512_si128(_mm512_mask_min_epu8(all, negative[g], all, least));
                 _mm_storeu_si128((void *)(codes + i + 16 * g), found);
             }
     }
@@ -78,7 +78,8 @@ static inline void adam8(void *p, const void *g, int64_t blocks, const hb_states
                 const int64_t at = b * BLOCK + i + 16 * k;
                 __m512 raw = load_f32x16(g, at, io), parameter = load_f32x16(p, at, io);
                 // An element whose gradient is not finite is left alone, its states become zero.
-                __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(raw, 0x99));
+                __mmask16 finite = _mm512_cmpgt_epi32_mask(
+                    _mm512_set1_epi32(0x7f800000), _mm512_castps_si512(magnitude_f32x16(raw)));
                 __m512 gradient = scaled ? _mm512_mul_ps(gnorm, raw) : raw;
                 __m512 m = _mm512_mul_ps(first[k], scale1), v = _mm512_mul_ps(second[k], scale2);
                 m = _mm512_maskz_add_ps(finite, _mm512_mul_ps(beta1, m),

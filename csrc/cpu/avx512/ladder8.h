@@ -96,16 +96,24 @@ static inline __m512i climb(const ladder *l, __m512 v, bool bounded, __mmask16 *
     __m512i q = _mm512_cvttps_epi32(_mm512_fmadd_ps(_mm512_permutexvar_ps(range, l->slope), a,
                                                     _mm512_permutexvar_ps(range, l->offset)));
     q = _mm512_min_epi32(q, _mm512_permutexvar_epi32(range, l->cap));
-    *near = _mm512_testn_epi32_mask(q, _mm512_set1_epi32(HB_LADDER_UNIT - 2));
+    *near = _mm512_cmpeq_epi32_mask(_mm512_and_si512(q, _mm512_set1_epi32(HB_LADDER_UNIT - 2)),
+                                    _mm512_setzero_si512());
     return _mm512_srli_epi32(q, HB_LADDER_SHIFT);
 }
 
 // Packs steps to bytes, away from `zero` on the side that `negative` says.
 static inline __m128i sixteen_codes(const ladder *l, __mmask16 negative, __m512i steps)
 {
-    __m128i zero = _mm512_castsi512_si128(l->zero), bytes = _mm512_cvtepi32_epi8(steps);
-    if (!l->is_signed) return bytes;
-    return _mm_mask_subs_epu8(_mm_add_epi8(zero, bytes), negative, zero, bytes);
+    __m512i bytes = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(steps));
+    if (l->is_signed)
+        bytes = _mm512_mask_subs_epu8(_mm512_add_epi8(l->zero, bytes), negative, l->zero, bytes);
+    return _mm512_castsi512_si128(bytes);
+}
+
+static inline __mmask64 join_masks(const __mmask16 part[4])
+{
+    return (__mmask64)part[0] | (__mmask64)part[1] << 16 | (__mmask64)part[2] << 32 |
+           (__mmask64)part[3] << 48;
 }
 
 static inline __m512i sixty_four_codes(const ladder *l, const __mmask16 negative[4],
@@ -118,8 +126,7 @@ static inline __m512i sixty_four_codes(const ladder *l, const __mmask16 negative
                                         _mm512_packus_epi32(steps[2], steps[3]));
     bytes = _mm512_permutexvar_epi32(transpose, bytes);
     if (!l->is_signed) return bytes;
-    __mmask64 all = _mm512_kunpackd(_mm512_kunpackw(negative[3], negative[2]),
-                                    _mm512_kunpackw(negative[1], negative[0]));
+    __mmask64 all = join_masks(negative);
     return _mm512_mask_subs_epu8(_mm512_add_epi8(l->zero, bytes), all, l->zero, bytes);
 }
 
