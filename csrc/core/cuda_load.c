@@ -43,8 +43,8 @@ static hb_status load(void)
     HB_CHECK(error, library_path(path, sizeof path), HB_ERR_CUDA,
              "cuda: the path of " LIBRARY_NAME " cannot be determined");
     HB_CHECK(error, access(path, F_OK) == 0, HB_ERR_CUDA,
-             "cuda: this halfbyte was built without its CUDA library (no CUDA toolkit was found "
-             "then); expected %.120s",
+             "cuda: this halfbyte was built without its CUDA library (build_info says why); "
+             "expected %.120s",
              path);
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL); // stays open
     if (library == NULL) {
