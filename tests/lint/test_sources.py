@@ -23,7 +23,6 @@ LARGE: dict[str, str] = {
     "tests/py/test_tensor_exchange.py": "one producer made of ctypes serves every case",
     "tests/compat/test_functional_bitsandbytes.py": "one comparison of all functions, with helpers that they share",
     "csrc/core/linear_8bit.c": "three products share one plan of tiles, scratch and outlier columns",
-    "csrc/cpu/avx2/linear4.c": "a whole set, float32 and bfloat16: its parts share the layout of permuted x",
 }
 
 

@@ -14,6 +14,7 @@
 //
 // The bfloat16 set is the same arithmetic on rounded values, for processors without vdpbf16ps.
 #include "cpu/linear4_avx512.h"
+#include "cpu/linear4_entries.h"
 
 enum { DOT_ROWS = 4, DOT_UNTIL = 16, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128 };
 
@@ -151,9 +152,11 @@ INLINE void dot_blocks(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64
     }
 }
 
-INLINE void dot(const hb_matrix4 *w, int64_t n_rows, int64_t depth, __m512 codebook, const float *x,
-                int n_x, float *y, int64_t y_stride)
+INLINE void dot(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const float *x, int n_x,
+                bool bf16, float *y, int64_t y_stride)
 {
+    __m512 codebook = _mm512_load_ps(w->codebook);
+    if (bf16) codebook = rounded_to_bf16(codebook);
     if (w->blocksize == 64)
         dot_blocks(w, n_rows, depth, 64, codebook, x, n_x, y, y_stride);
     else if (w->blocksize == 32)
@@ -274,85 +277,11 @@ INLINE void tile(const float *packed, const float *panel, int64_t steps, bool ac
         }
 }
 
-// ---- float32 set ------------------------------------------------------------------------------
+// ---- entries -----------------------------------------------------------------------------------
 
-static void hb_linear4_permute_x_f32_avx512(const void *x, hb_dtype dtype, int64_t depth,
-                                            void *permuted)
-{
-    permute_x(x, dtype, depth, false, permuted);
-}
-
-static void hb_linear4_dot_f32_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                      const void *permuted, int n_x, float *y, int64_t y_stride)
-{
-    dot(w, n_rows, depth, _mm512_load_ps(w->codebook), permuted, n_x, y, y_stride);
-}
-
-static void hb_linear4_pack_x_f32_avx512(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
-                                         int64_t steps, void *packed)
-{
-    pack_x(x, dtype, x_stride, n_x, steps, false, packed);
-}
-
-static void hb_linear4_decode_rows_f32_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                              void *panel)
-{
-    decode_rows(w, n_rows, depth, false, panel);
-}
-
-static void hb_linear4_decode_cols_f32_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
-                                              void *panel)
-{
-    decode_cols(w, n_rows, n_cols, false, panel);
-}
-
-static void hb_linear4_tile_f32_avx512(const void *packed, const void *panel, int64_t steps,
-                                       int n_x, bool accumulate, float *sums)
-{
-    switch (n_x) {
-    case 1: tile(packed, panel, steps, accumulate, sums, 1); break;
-    case 2: tile(packed, panel, steps, accumulate, sums, 2); break;
-    case 3: tile(packed, panel, steps, accumulate, sums, 3); break;
-    case 4: tile(packed, panel, steps, accumulate, sums, 4); break;
-    case 5: tile(packed, panel, steps, accumulate, sums, 5); break;
-    default: tile(packed, panel, steps, accumulate, sums, 6); break;
-    }
-}
-
-// ---- bfloat16 set -----------------------------------------------------------------------------
-
-static void hb_linear4_permute_x_bf16_avx512(const void *x, hb_dtype dtype, int64_t depth,
-                                             void *permuted)
-{
-    permute_x(x, dtype, depth, true, permuted);
-}
-
-static void hb_linear4_dot_bf16_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                       const void *permuted, int n_x, float *y, int64_t y_stride)
-{
-    __m512 codebook = rounded_to_bf16(_mm512_load_ps(w->codebook));
-    dot(w, n_rows, depth, codebook, permuted, n_x, y, y_stride);
-}
-
-static void hb_linear4_pack_x_bf16_avx512(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
-                                          int64_t steps, void *packed)
-{
-    pack_x(x, dtype, x_stride, n_x, steps, true, packed);
-}
-
-static void hb_linear4_decode_rows_bf16_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                               void *panel)
-{
-    decode_rows(w, n_rows, depth, true, panel);
-}
-
-static void hb_linear4_decode_cols_bf16_avx512(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
-                                               void *panel)
-{
-    decode_cols(w, n_rows, n_cols, true, panel);
-}
-
-// ---- both -------------------------------------------------------------------------------------
+HB_LINEAR4_ENTRIES(f32, avx512, false)
+HB_LINEAR4_ENTRIES(bf16, avx512, true)
+HB_LINEAR4_TILE(f32, avx512)
 
 static void hb_linear4_finish_avx512(const float *sums, const float *bias, int64_t n,
                                      hb_dtype dtype, void *y)
@@ -378,29 +307,10 @@ static void hb_linear4_finish_avx512(const float *sums, const float *bias, int64
 
 void hb_linear4_table_avx512(hb_kernels_linear4 *kernels)
 {
-    hb_linear4_set set = {
-        .dot_rows = DOT_ROWS,
-        .dot_until = DOT_UNTIL,
-        .tile_rows = TILE_ROWS,
-        .tile_cols = TILE_COLS,
-        .panel_steps = PANEL_STEPS,
-        .pair = 1,
-        .element_bytes = sizeof(float),
-        .permute_x = hb_linear4_permute_x_f32_avx512,
-        .dot = hb_linear4_dot_f32_avx512,
-        .pack_x = hb_linear4_pack_x_f32_avx512,
-        .decode_rows = hb_linear4_decode_rows_f32_avx512,
-        .decode_cols = hb_linear4_decode_cols_f32_avx512,
-        .tile = hb_linear4_tile_f32_avx512,
-    };
+    kernels->f32 = HB_LINEAR4_SET(f32, avx512);
+    kernels->bf16 = HB_LINEAR4_SET(bf16, avx512);
     for (int c = 0; c < TILE_COLS; c++)
-        set.column_order[c] = (uint8_t)(4 * (c % LANES) + (c / LANES ^ 1));
-    kernels->f32 = set;
-    set.permute_x = hb_linear4_permute_x_bf16_avx512;
-    set.dot = hb_linear4_dot_bf16_avx512;
-    set.pack_x = hb_linear4_pack_x_bf16_avx512;
-    set.decode_rows = hb_linear4_decode_rows_bf16_avx512;
-    set.decode_cols = hb_linear4_decode_cols_bf16_avx512;
-    kernels->bf16 = set;
+        kernels->bf16.column_order[c] = kernels->f32.column_order[c] =
+            (uint8_t)(4 * (c % LANES) + (c / LANES ^ 1));
     kernels->finish = hb_linear4_finish_avx512;
 }

@@ -10,6 +10,7 @@
 //
 // vdpbf16ps flushes subnormals and adds the pair's two products in an order of its own.
 #include "cpu/linear4_avx512.h"
+#include "cpu/linear4_entries.h"
 
 enum { DOT_ROWS = 4, DOT_UNTIL = 16, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 256 };
 
@@ -335,18 +336,7 @@ INLINE void tile(const uint16_t *packed, const uint16_t *panel, int64_t steps, b
         }
 }
 
-static void hb_linear4_tile_bf16_avx512bf16(const void *packed, const void *panel, int64_t steps,
-                                            int n_x, bool accumulate, float *sums)
-{
-    switch (n_x) {
-    case 1: tile(packed, panel, steps, accumulate, sums, 1); break;
-    case 2: tile(packed, panel, steps, accumulate, sums, 2); break;
-    case 3: tile(packed, panel, steps, accumulate, sums, 3); break;
-    case 4: tile(packed, panel, steps, accumulate, sums, 4); break;
-    case 5: tile(packed, panel, steps, accumulate, sums, 5); break;
-    default: tile(packed, panel, steps, accumulate, sums, 6); break;
-    }
-}
+HB_LINEAR4_TILE(bf16, avx512bf16)
 
 void hb_linear4_table_avx512bf16(hb_kernels_linear4 *kernels)
 {

@@ -17,6 +17,7 @@
 // rounded values.
 #include "core/kernels_linear4.h"
 #include "cpu/neon/io.h"
+#include "cpu/linear4_entries.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -400,84 +401,11 @@ INLINE void tile(const float *packed, const float *panel, int64_t steps, bool ac
         }
 }
 
-// ---- float32 set ------------------------------------------------------------------------------
+// ---- entries -----------------------------------------------------------------------------------
 
-static void hb_linear4_permute_x_f32_neon(const void *x, hb_dtype dtype, int64_t depth,
-                                          void *permuted)
-{
-    permute_x(x, dtype, depth, false, permuted);
-}
-
-static void hb_linear4_dot_f32_neon(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                    const void *permuted, int n_x, float *y, int64_t y_stride)
-{
-    dot(w, n_rows, depth, permuted, n_x, false, y, y_stride);
-}
-
-static void hb_linear4_pack_x_f32_neon(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
-                                       int64_t steps, void *packed)
-{
-    pack_x(x, dtype, x_stride, n_x, steps, false, packed);
-}
-
-static void hb_linear4_decode_rows_f32_neon(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                            void *panel)
-{
-    decode_rows(w, n_rows, depth, false, panel);
-}
-
-static void hb_linear4_decode_cols_f32_neon(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
-                                            void *panel)
-{
-    decode_cols(w, n_rows, n_cols, false, panel);
-}
-
-static void hb_linear4_tile_f32_neon(const void *packed, const void *panel, int64_t steps, int n_x,
-                                     bool accumulate, float *sums)
-{
-    switch (n_x) {
-    case 1: tile(packed, panel, steps, accumulate, sums, 1); break;
-    case 2: tile(packed, panel, steps, accumulate, sums, 2); break;
-    case 3: tile(packed, panel, steps, accumulate, sums, 3); break;
-    case 4: tile(packed, panel, steps, accumulate, sums, 4); break;
-    case 5: tile(packed, panel, steps, accumulate, sums, 5); break;
-    default: tile(packed, panel, steps, accumulate, sums, 6); break;
-    }
-}
-
-// ---- bfloat16 set -----------------------------------------------------------------------------
-
-static void hb_linear4_permute_x_bf16_neon(const void *x, hb_dtype dtype, int64_t depth,
-                                           void *permuted)
-{
-    permute_x(x, dtype, depth, true, permuted);
-}
-
-static void hb_linear4_dot_bf16_neon(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                     const void *permuted, int n_x, float *y, int64_t y_stride)
-{
-    dot(w, n_rows, depth, permuted, n_x, true, y, y_stride);
-}
-
-static void hb_linear4_pack_x_bf16_neon(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
-                                        int64_t steps, void *packed)
-{
-    pack_x(x, dtype, x_stride, n_x, steps, true, packed);
-}
-
-static void hb_linear4_decode_rows_bf16_neon(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                             void *panel)
-{
-    decode_rows(w, n_rows, depth, true, panel);
-}
-
-static void hb_linear4_decode_cols_bf16_neon(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
-                                             void *panel)
-{
-    decode_cols(w, n_rows, n_cols, true, panel);
-}
-
-// ---- both -------------------------------------------------------------------------------------
+HB_LINEAR4_ENTRIES(f32, neon, false)
+HB_LINEAR4_ENTRIES(bf16, neon, true)
+HB_LINEAR4_TILE(f32, neon)
 
 INLINE void finish(const float *sums, const float *bias, int64_t n, hb_dtype io, void *y)
 {
@@ -500,28 +428,9 @@ static void hb_linear4_finish_neon(const float *sums, const float *bias, int64_t
 
 void hb_linear4_table_neon(hb_kernels_linear4 *kernels)
 {
-    hb_linear4_set set = {
-        .dot_rows = DOT_ROWS,
-        .dot_until = DOT_UNTIL,
-        .tile_rows = TILE_ROWS,
-        .tile_cols = TILE_COLS,
-        .panel_steps = PANEL_STEPS,
-        .pair = 1,
-        .element_bytes = sizeof(float),
-        .permute_x = hb_linear4_permute_x_f32_neon,
-        .dot = hb_linear4_dot_f32_neon,
-        .pack_x = hb_linear4_pack_x_f32_neon,
-        .decode_rows = hb_linear4_decode_rows_f32_neon,
-        .decode_cols = hb_linear4_decode_cols_f32_neon,
-        .tile = hb_linear4_tile_f32_neon,
-    };
-    for (int c = 0; c < TILE_COLS; c++) set.column_order[c] = (uint8_t)c;
-    kernels->f32 = set;
-    set.permute_x = hb_linear4_permute_x_bf16_neon;
-    set.dot = hb_linear4_dot_bf16_neon;
-    set.pack_x = hb_linear4_pack_x_bf16_neon;
-    set.decode_rows = hb_linear4_decode_rows_bf16_neon;
-    set.decode_cols = hb_linear4_decode_cols_bf16_neon;
-    kernels->bf16 = set;
+    kernels->f32 = HB_LINEAR4_SET(f32, neon);
+    kernels->bf16 = HB_LINEAR4_SET(bf16, neon);
+    for (int c = 0; c < TILE_COLS; c++)
+        kernels->bf16.column_order[c] = kernels->f32.column_order[c] = (uint8_t)c;
     kernels->finish = hb_linear4_finish_neon;
 }

@@ -3,8 +3,9 @@
 // Both sets keep x and panels in float32 (the bfloat16 set holds values that are bfloat16 numbers),
 // x in plain order, and sum in double within a call: one rounding per dot, one per panel in a tile.
 #include "core/kernels_linear4.h"
+#include "cpu/linear4_entries.h"
 
-enum { TILE_ROWS = 4, TILE_COLS = 16, PANEL_STEPS = 128, DOT_ROWS = 4 };
+enum { TILE_ROWS = 4, TILE_COLS = 16, PANEL_STEPS = 128, DOT_ROWS = 4, DOT_UNTIL = DOT_ROWS };
 
 static inline float rounded_to_bf16(float value)
 {
@@ -32,8 +33,11 @@ static void permute_x(const void *x, hb_dtype dtype, int64_t depth, bool bf16, f
 }
 
 static void dot(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const float *permuted, int n_x,
-                const float *codebook, float *y, int64_t y_stride)
+                bool bf16, float *y, int64_t y_stride)
 {
+    float codebook[16];
+    for (int i = 0; i < 16; i++)
+        codebook[i] = bf16 ? rounded_to_bf16(w->codebook[i]) : w->codebook[i];
     int64_t padded = hb_ceil_div(depth, HB_LINEAR4_X_GROUP) * HB_LINEAR4_X_GROUP;
     int64_t step = w->blocksize < depth ? w->blocksize : depth;
     for (int64_t r = 0; r < n_rows; r++) {
@@ -91,37 +95,10 @@ static void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, boo
         }
 }
 
-// ---- float32 set ------------------------------------------------------------------------------
+// ---- entries -----------------------------------------------------------------------------------
 
-static void hb_linear4_permute_x_f32_ref(const void *x, hb_dtype dtype, int64_t depth,
-                                         void *permuted)
-{
-    permute_x(x, dtype, depth, false, permuted);
-}
-
-static void hb_linear4_dot_f32_ref(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                   const void *permuted, int n_x, float *y, int64_t y_stride)
-{
-    dot(w, n_rows, depth, permuted, n_x, w->codebook, y, y_stride);
-}
-
-static void hb_linear4_pack_x_f32_ref(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
-                                      int64_t steps, void *packed)
-{
-    pack_x(x, dtype, x_stride, n_x, steps, false, packed);
-}
-
-static void hb_linear4_decode_rows_f32_ref(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                           void *panel)
-{
-    decode_rows(w, n_rows, depth, false, panel);
-}
-
-static void hb_linear4_decode_cols_f32_ref(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
-                                           void *panel)
-{
-    decode_cols(w, n_rows, n_cols, false, panel);
-}
+HB_LINEAR4_ENTRIES(f32, ref, false)
+HB_LINEAR4_ENTRIES(bf16, ref, true)
 
 static void hb_linear4_tile_f32_ref(const void *packed, const void *panel, int64_t steps, int n_x,
                                     bool accumulate, float *sums)
@@ -140,42 +117,6 @@ static void hb_linear4_tile_f32_ref(const void *packed, const void *panel, int64
     }
 }
 
-// ---- bfloat16 set -----------------------------------------------------------------------------
-
-static void hb_linear4_permute_x_bf16_ref(const void *x, hb_dtype dtype, int64_t depth,
-                                          void *permuted)
-{
-    permute_x(x, dtype, depth, true, permuted);
-}
-
-static void hb_linear4_dot_bf16_ref(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                    const void *permuted, int n_x, float *y, int64_t y_stride)
-{
-    float codebook[16];
-    for (int i = 0; i < 16; i++) codebook[i] = rounded_to_bf16(w->codebook[i]);
-    dot(w, n_rows, depth, permuted, n_x, codebook, y, y_stride);
-}
-
-static void hb_linear4_pack_x_bf16_ref(const void *x, hb_dtype dtype, int64_t x_stride, int n_x,
-                                       int64_t steps, void *packed)
-{
-    pack_x(x, dtype, x_stride, n_x, steps, true, packed);
-}
-
-static void hb_linear4_decode_rows_bf16_ref(const hb_matrix4 *w, int64_t n_rows, int64_t depth,
-                                            void *panel)
-{
-    decode_rows(w, n_rows, depth, true, panel);
-}
-
-static void hb_linear4_decode_cols_bf16_ref(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols,
-                                            void *panel)
-{
-    decode_cols(w, n_rows, n_cols, true, panel);
-}
-
-// ---- both -------------------------------------------------------------------------------------
-
 static void hb_linear4_finish_ref(const float *sums, const float *bias, int64_t n, hb_dtype dtype,
                                   void *y)
 {
@@ -185,28 +126,9 @@ static void hb_linear4_finish_ref(const float *sums, const float *bias, int64_t 
 
 void hb_linear4_table_ref(hb_kernels_linear4 *kernels)
 {
-    hb_linear4_set set = {
-        .dot_rows = DOT_ROWS,
-        .dot_until = DOT_ROWS,
-        .tile_rows = TILE_ROWS,
-        .tile_cols = TILE_COLS,
-        .panel_steps = PANEL_STEPS,
-        .pair = 1,
-        .element_bytes = sizeof(float),
-        .permute_x = hb_linear4_permute_x_f32_ref,
-        .dot = hb_linear4_dot_f32_ref,
-        .pack_x = hb_linear4_pack_x_f32_ref,
-        .decode_rows = hb_linear4_decode_rows_f32_ref,
-        .decode_cols = hb_linear4_decode_cols_f32_ref,
-        .tile = hb_linear4_tile_f32_ref,
-    };
-    for (int c = 0; c < HB_LINEAR4_MAX_TILE_COLS; c++) set.column_order[c] = (uint8_t)c;
-    kernels->f32 = set;
-    set.permute_x = hb_linear4_permute_x_bf16_ref;
-    set.dot = hb_linear4_dot_bf16_ref;
-    set.pack_x = hb_linear4_pack_x_bf16_ref;
-    set.decode_rows = hb_linear4_decode_rows_bf16_ref;
-    set.decode_cols = hb_linear4_decode_cols_bf16_ref;
-    kernels->bf16 = set;
+    kernels->f32 = HB_LINEAR4_SET(f32, ref);
+    kernels->bf16 = HB_LINEAR4_SET(bf16, ref);
+    for (int c = 0; c < HB_LINEAR4_MAX_TILE_COLS; c++)
+        kernels->bf16.column_order[c] = kernels->f32.column_order[c] = (uint8_t)c;
     kernels->finish = hb_linear4_finish_ref;
 }
