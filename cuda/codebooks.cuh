@@ -27,6 +27,14 @@ HB_CONSTANT codebook_tables codebooks[HB_CODEBOOK_COUNT] = {
 #undef HB_CODEBOOK
 };
 
+// The 16 values into shared memory, where 16 words lie in 16 banks: any mix of codes is one access.
+// To be followed by block_sync.
+HB_DEVICE void codebook_fill(float *value, int format)
+{
+    int t = thread_index();
+    if (t < 16) shared_store(value + t, codebooks[format].value[t]);
+}
+
 // Rank of the threshold at node k (1..15) of the tree: the in-order position of a perfect tree.
 HB_DEVICE int tree_rank(int k)
 {

@@ -6,7 +6,7 @@
 // Quantize: a warp takes a block of any size and reads it twice, the second time from the cache;
 // eight elements a lane where block size and alignment allow, else one. The 255 thresholds are a
 // search tree in shared memory (kernels_codec.h, hb_search8), eight compares.
-#include "dev.cuh"
+#include "absmax.cuh"
 #include "kernels.cuh"
 
 namespace
@@ -42,13 +42,9 @@ template <int IO, int EACH> HB_KERNEL(THREADS) quantize8_kernel(HB_ARGS hb_cuda_
         else
             for (int j = 0; j < EACH; j++)
                 value[j] = i + j < end ? load_float<IO>(a.x, i + j) : 0.0f;
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            largest = max_u32(largest, float_bits(value[j]) & 0x7fffffffu);
+        largest = larger_magnitude<EACH>(value, largest);
     }
-    for (int mask = 1; mask < HB_LANES; mask *= 2)
-        largest = max_u32(largest, shuffle_xor(largest, mask));
-    const float absmax = bits_float(is_nan_bits(largest) ? HB_CUDA_NAN_BITS : largest);
+    const float absmax = absmax_of_lanes(largest, HB_LANES);
     if (lane_index() == 0) store(a.absmax + block, absmax);
 
     const float inverse = div_rn(1.0f, absmax);

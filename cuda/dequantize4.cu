@@ -21,7 +21,7 @@ template <int IO, bool ALIGNED> HB_KERNEL(THREADS) dequantize4_kernel(HB_ARGS hb
 {
     float *table = (float *)shared_memory(), *map = table + 16;
     const int t = thread_index();
-    if (t < 16) shared_store(table + t, codebooks[a.format].value[t]);
+    codebook_fill(table, a.format);
     scale_map_fill(a.scales, map);
     block_sync();
     const int64_t i = (block_index() * THREADS + t) * EACH;

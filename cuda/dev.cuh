@@ -168,10 +168,6 @@ HB_DEVICE uint32_t max_u32(uint32_t a, uint32_t b)
 {
     return a > b ? a : b;
 }
-HB_DEVICE bool is_nan_bits(uint32_t magnitude)
-{
-    return magnitude > 0x7f800000u;
-}
 
 // Two floats of io dtype `bits` (0 float32, 1 bfloat16, 2 float16: hb_dtype) held in 32 bits.
 template <int IO> HB_DEVICE float unpack_low(uint32_t pair)

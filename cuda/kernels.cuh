@@ -6,8 +6,6 @@
 #include "core/cuda_api.h"
 #include "core/formats.h"
 
-#define HB_CUDA_NAN_BITS 0x7fc00000u // the NaN that absmax gives, as on the CPU
-
 int hb_cuda_launch_quantize4(const hb_cuda_queue *queue, const hb_cuda_quantize4 *args);
 int hb_cuda_launch_dequantize4(const hb_cuda_queue *queue, const hb_cuda_dequantize4 *args);
 // linear4 chooses between the two kernels; mma_fits says whether the tensor-core one can.

@@ -101,8 +101,7 @@ template <int IO> HB_KERNEL(THREADS) linear4_mma_kernel(HB_ARGS hb_cuda_linear4 
     float *sums = (float *)(shared_memory() + PAIR_BYTES); // [WARPS][ROWS][COLUMNS]
     float *value = sums;                                   // the codebook, until the pairs are made
     float *map = (float *)(shared_memory() + PAIR_BYTES + SUM_BYTES);
-    if (thread_index() < 16)
-        shared_store(value + thread_index(), codebooks[a.format].value[thread_index()]);
+    codebook_fill(value, a.format);
     scale_map_fill(a.scales, map);
     block_sync();
     pair_table_fill<IO>(pair, value);

@@ -15,8 +15,7 @@ enum { THREADS = 256, WARPS = THREADS / HB_LANES, COLUMNS = 8, TABLE_BYTES = 16 
 template <int IO> HB_KERNEL(THREADS) linear4_simt_kernel(HB_ARGS hb_cuda_linear4 a)
 {
     float *value = (float *)shared_memory(), *map = value + 16;
-    if (thread_index() < 16)
-        shared_store(value + thread_index(), codebooks[a.format].value[thread_index()]);
+    codebook_fill(value, a.format);
     scale_map_fill(a.scales, map);
     block_sync();
     const int64_t row_blocks = (a.rows + WARPS - 1) / WARPS;

@@ -8,6 +8,7 @@
 //
 // Floor at 64 elements a block, bfloat16: 2.56 bytes of traffic a weight. Source: QLoRA
 // (arXiv:2305.14314) §3; the order of operations is that of docs/formats.md.
+#include "absmax.cuh"
 #include "codebooks.cuh"
 #include "kernels.cuh"
 
@@ -26,14 +27,6 @@ HB_DEVICE void take8(const hb_cuda_quantize4 &a, int64_t i, float *value)
     }
 #pragma unroll
     for (int j = 0; j < EACH; j++) value[j] = i + j < a.n ? load_float<IO>(a.x, i + j) : 0.0f;
-}
-
-HB_DEVICE uint32_t largest8(const float *value, uint32_t largest)
-{
-    // Magnitudes order like their bit patterns, and every NaN lies above infinity.
-#pragma unroll
-    for (int j = 0; j < EACH; j++) largest = max_u32(largest, float_bits(value[j]) & 0x7fffffffu);
-    return largest;
 }
 
 template <bool ALIGNED>
@@ -73,12 +66,10 @@ quantize4_kernel(HB_ARGS hb_cuda_quantize4 a)
     uint32_t largest = 0;
     for (int64_t c = 0; c < chunks; c++) {
         take8<IO, ALIGNED>(a, first + c * WARP_ELEMENTS, value);
-        largest = largest8(value, largest);
+        largest = larger_magnitude<EACH>(value, largest);
     }
     const int lanes = LONG ? HB_LANES : (int)a.blocksize / EACH; // that share a block
-    for (int mask = 1; mask < lanes; mask *= 2)
-        largest = max_u32(largest, shuffle_xor(largest, mask));
-    const float absmax = bits_float(is_nan_bits(largest) ? HB_CUDA_NAN_BITS : largest);
+    const float absmax = absmax_of_lanes(largest, lanes);
     if (first < a.n && lane_index() % lanes == 0) store(a.absmax + first / a.blocksize, absmax);
 
     const float inverse = div_rn(1.0f, absmax);
