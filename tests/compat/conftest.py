@@ -34,6 +34,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "stand_in: runs in a child process with halfbyte.install()")
 
 
+@pytest.fixture(scope="module")
+def text(tiny_llama):
+    """A prompt, as token ids of the bundled model."""
+    import tiny_models
+
+    tokenizer = tiny_models.tokenizer(tiny_llama)
+    return tokenizer("The tests of this library are run by", return_tensors="pt")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint of each family of tiny_models."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("families")
+    return {family: tiny_models.save(root / family, family) for family in tiny_models.FAMILIES}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _the_right_package(request: pytest.FixtureRequest) -> None:
     """Whatever the environment says, a stand_in test must not test the wrong package."""

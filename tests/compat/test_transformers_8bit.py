@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 import tiny_models  # noqa: E402
 from layer_check import check_layers, weight_8bit  # noqa: E402
 from lazy import lazy  # noqa: E402
+from tiny_models import load, logits  # noqa: E402
 
 transformers = lazy("transformers")
 pytestmark = pytest.mark.stand_in
@@ -19,40 +20,15 @@ def config(**changes):
     return transformers.BitsAndBytesConfig(load_in_8bit=True, **changes)
 
 
-def load(folder, family="llama", quantization_config=None, **kwargs):
-    cls = tiny_models.auto_class(family)
-    kwargs.setdefault("dtype", torch.bfloat16)
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    return cls.from_pretrained(folder, **kwargs).eval()
-
-
 def layers(model):
     import bitsandbytes as bnb
 
     return {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear8bitLt)}
 
 
-@torch.no_grad()
-def logits(model, **inputs):
-    return model(**inputs).logits
-
-
-@pytest.fixture(scope="module")
-def text(tiny_llama):
-    tokenizer = tiny_models.tokenizer(tiny_llama)
-    return tokenizer("The tests of this library are run by", return_tensors="pt")
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_llama):
     return transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config())
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {family: tiny_models.save(root / family, family) for family in tiny_models.FAMILIES}
 
 
 def test_replaces_every_linear_but_the_head(trained, tiny_llama):

@@ -102,3 +102,17 @@ def inputs(family, rows=2, tokens=9, seed=1):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 128, (rows, tokens), generator=generator)
     return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if family == "t5" else {"input_ids": ids}
+
+
+def load(folder, family="llama", quantization_config=None, **kwargs):
+    """The model in a folder, in evaluation mode, bfloat16 unless asked otherwise."""
+    cls = auto_class(family)
+    kwargs.setdefault("dtype", torch.bfloat16)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    return cls.from_pretrained(folder, **kwargs).eval()
+
+
+@torch.no_grad()
+def logits(model, **inputs):
+    return model(**inputs).logits
