@@ -77,9 +77,31 @@ ON_DEVICE(linear4, hb_cuda_linear4)
 ON_DEVICE(quantize8, hb_cuda_quantize8)
 ON_DEVICE(dequantize8, hb_cuda_dequantize8)
 
+// In the order of hb_cuda_api. The entries that are null do not exist yet.
 const hb_cuda_api api = {
-    HB_CUDA_ABI, sizeof(hb_cuda_api), CUDART_VERSION, error_text, driver_version, device_count,
-    device_get,  quantize4,           dequantize4,    linear4,    quantize8,      dequantize8};
+    HB_CUDA_ABI,    sizeof(hb_cuda_api), CUDART_VERSION, error_text,
+    driver_version, device_count,        device_get,
+    nullptr, // managed_new
+    nullptr, // managed_free
+    nullptr, // managed_prefetch
+    nullptr, // memory_on_device
+    nullptr, // copy
+    quantize4,
+    nullptr, // nest4_workspace
+    nullptr, // nest4
+    dequantize4,
+    nullptr, // linear4_workspace
+    linear4,
+    nullptr, // gather4
+    quantize8,      dequantize8,
+    nullptr, // quantize_rows8
+    nullptr, // dequantize_rows8
+    nullptr, // matmul8
+    nullptr, // linear8_workspace
+    nullptr, // linear8
+    nullptr, // optimizer_workspace
+    nullptr, // optimizer
+};
 
 } // namespace
 

@@ -5,29 +5,21 @@
 //
 // Quantize: a warp takes a block of any size and reads it twice, the second time from the cache;
 // eight elements a lane where block size and alignment allow, else one. The 255 thresholds are a
-// search tree in shared memory (kernels_codec.h, hb_search8), eight compares.
+// search tree in shared memory (search8.cuh), eight compares.
 #include "absmax.cuh"
 #include "kernels.cuh"
+#include "search8.cuh"
 
 namespace
 {
 
 enum { THREADS = 256, WARPS = THREADS / HB_LANES, TABLE_BYTES = 256 * 4 };
 
-HB_DEVICE uint32_t encode8(const float *tree, float v)
-{
-    int k = 1;
-#pragma unroll
-    for (int step = 0; step < 8; step++) k = 2 * k + (v > shared_load(tree + k));
-    return (uint32_t)k - 256;
-}
-
 // EACH elements a lane and step: 8 (x 16-byte and codes 8-byte aligned, blocksize % 8 == 0) or 1.
 template <int IO, int EACH> HB_KERNEL(THREADS) quantize8_kernel(HB_ARGS hb_cuda_quantize8 a)
 {
     float *tree = (float *)shared_memory();
-    shared_store(tree + thread_index(), load(a.tree + thread_index()));
-    block_sync();
+    search8_fill(a.map, tree);
     const int64_t block = block_index() * WARPS + warp_index();
     const int64_t begin = block * a.blocksize;
     if (begin >= a.n) return; // the whole warp
@@ -54,12 +46,12 @@ template <int IO, int EACH> HB_KERNEL(THREADS) quantize8_kernel(HB_ARGS hb_cuda_
             uint32_t word[2] = {0, 0};
 #pragma unroll
             for (int j = 0; j < EACH; j++)
-                word[j / 4] |= encode8(tree, mul_rn(value[j], inverse)) << (8 * (j % 4));
+                word[j / 4] |= search8(tree, mul_rn(value[j], inverse)) << (8 * (j % 4));
             store_once((uint2 *)(a.codes + i), uint2{word[0], word[1]});
         } else {
             for (int j = 0; j < EACH && i + j < end; j++) {
                 float v = mul_rn(load_float<IO>(a.x, i + j), inverse);
-                store(a.codes + i + j, (uint8_t)encode8(tree, v));
+                store(a.codes + i + j, (uint8_t)search8(tree, v));
             }
         }
     }
@@ -97,8 +89,9 @@ template <int IO> int launch(const hb_cuda_queue *queue, const hb_cuda_quantize8
     const bool aligned =
         a.blocksize % 8 == 0 && ((uintptr_t)a.x & 15) == 0 && ((uintptr_t)a.codes & 7) == 0;
     if (aligned)
-        return HB_LAUNCH((quantize8_kernel<IO, 8>), blocks, THREADS, TABLE_BYTES, queue->stream, a);
-    return HB_LAUNCH((quantize8_kernel<IO, 1>), blocks, THREADS, TABLE_BYTES, queue->stream, a);
+        return HB_LAUNCH((quantize8_kernel<IO, 8>), blocks, THREADS, SEARCH8_BYTES, queue->stream,
+                         a);
+    return HB_LAUNCH((quantize8_kernel<IO, 1>), blocks, THREADS, SEARCH8_BYTES, queue->stream, a);
 }
 
 template <int IO> int launch(const hb_cuda_queue *queue, const hb_cuda_dequantize8 &a)

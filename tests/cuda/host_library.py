@@ -1,17 +1,19 @@
 """cuda/*.cu compiled as C++ against the emulator, and its API through ctypes.
 
-The same structures as csrc/core/cuda_api.h; `test_api_layout` compares their sizes.
+The structures are read from csrc/core/cuda_api.h; `test_api_layout` compares their size with the compiler's.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,68 +27,50 @@ FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden",
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 FORMATS = {"nf4": 0, "fp4": 1}
 
-p, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+def structures() -> dict[str, type[ctypes.Structure]]:
+    """The structs of cuda_api.h and optim.h by their names there, as ctypes; pointers are void pointers."""
+    kinds = {
+        "int": ctypes.c_int,
+        "int32_t": ctypes.c_int32,
+        "uint32_t": ctypes.c_uint32,
+        "int64_t": ctypes.c_int64,
+        "float": ctypes.c_float,
+        "double": ctypes.c_double,
+        "char": ctypes.c_char,
+        "bool": ctypes.c_bool,
+        "hb_dtype": ctypes.c_int,
+    }
+    found: dict[str, type[ctypes.Structure]] = {}
+    header = "".join((ROOT / "csrc" / "core" / name).read_text() for name in ("optim.h", "cuda_api.h"))
+    header = re.sub(r"//[^\n]*", "", header)
+    for body, name in re.findall(r"typedef struct \{(.*?)\} (\w+);", header, re.DOTALL):
+        fields: list[tuple[str, Any]] = []
+        for line in filter(None, (" ".join(part.split()) for part in body.split(";"))):
+            if function := re.fullmatch(r"([\w ]+?[ *]+)\(\*(\w+)\)\((.*)\)", line):
+                result, field, parameters = function.groups()
+                kind = ctypes.c_char_p if "*" in result else kinds[result.strip()]
+                arguments = [
+                    ctypes.c_void_p if "*" in a else kinds[a.split()[0]] for a in parameters.split(",")
+                ]
+                fields.append((field, ctypes.CFUNCTYPE(kind, *arguments)))
+                continue
+            kind_name, _, declared = line.removeprefix("const ").partition(" ")
+            for declarator in declared.split(","):
+                field, _, count = declarator.strip().lstrip("*").partition("[")
+                kind = ctypes.c_void_p if "*" in declarator else kinds.get(kind_name) or found[kind_name]
+                fields.append((field, kind * int(count.rstrip("]")) if count else kind))
+        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return found
 
 
-class Queue(ctypes.Structure):
-    _fields_ = (("device", i32), ("stream", p))
-
-
-class Device(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char * 64), ("major", i32), ("minor", i32), ("multiprocessors", i32),
-                ("memory", i64))  # fmt: skip
-
-
-class Scales4(ctypes.Structure):
-    _fields_ = (("absmax", p), ("absmax_codes", p), ("nested_absmax", p), ("nested_map", p),
-                ("nested_offset", p), ("nested_offset_value", f32), ("nested_blocksize", i64))  # fmt: skip
-
-
-class Quantize4(ctypes.Structure):
-    _fields_ = (("x", p), ("x_dtype", i32), ("format", i32), ("blocksize", i64), ("n", i64), ("packed", p),
-                ("absmax", p))  # fmt: skip
-
-
-class Dequantize4(ctypes.Structure):
-    _fields_ = (("packed", p), ("scales", Scales4), ("format", i32), ("out_dtype", i32), ("blocksize", i64),
-                ("start", i64), ("n", i64), ("out", p))  # fmt: skip
-
-
-class Linear4(ctypes.Structure):
-    _fields_ = (("x", p), ("packed", p), ("scales", Scales4), ("bias", p), ("y", p), ("io_dtype", i32),
-                ("bias_dtype", i32), ("format", i32), ("path", i32), ("blocksize", i64), ("m", i64),
-                ("rows", i64), ("depth", i64))  # fmt: skip
-
-
-class Quantize8(ctypes.Structure):
-    _fields_ = (("x", p), ("tree", p), ("x_dtype", i32), ("blocksize", i64), ("n", i64), ("codes", p),
-                ("absmax", p))  # fmt: skip
-
-
-class Dequantize8(ctypes.Structure):
-    _fields_ = (("codes", p), ("absmax", p), ("map", p), ("out_dtype", i32), ("blocksize", i64), ("n", i64),
-                ("out", p))  # fmt: skip
-
-
-def call(args: type[ctypes.Structure]) -> type:
-    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Queue), ctypes.POINTER(args))
-
-
-class Api(ctypes.Structure):
-    _fields_ = (
-        ("abi", ctypes.c_uint32),
-        ("size", ctypes.c_uint32),
-        ("runtime_version", i32),
-        ("error_text", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)),
-        ("driver_version", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int))),
-        ("device_count", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int))),
-        ("device_get", ctypes.CFUNCTYPE(ctypes.c_int, i32, ctypes.POINTER(Device))),
-        ("quantize4", call(Quantize4)),
-        ("dequantize4", call(Dequantize4)),
-        ("linear4", call(Linear4)),
-        ("quantize8", call(Quantize8)),
-        ("dequantize8", call(Dequantize8)),
-    )
+STRUCTURES = structures()
+Queue, Device, Scales4 = (STRUCTURES[f"hb_cuda_{name}"] for name in ("queue", "device", "scales4"))
+Quantize4, Dequantize4, Linear4 = (
+    STRUCTURES[f"hb_cuda_{name}"] for name in ("quantize4", "dequantize4", "linear4")
+)
+Quantize8, Dequantize8 = STRUCTURES["hb_cuda_quantize8"], STRUCTURES["hb_cuda_dequantize8"]
+Api = STRUCTURES["hb_cuda_api"]
 
 
 def compile_library(name: str, sources: list[Path]) -> Path:
@@ -160,11 +144,13 @@ class Emulator:
 
     def register(self, array: np.ndarray, writable: bool = False) -> int:
         """The array's address, which kernels may from now on read (and write)."""
-        self.library.hb_host_register(p(array.ctypes.data), i64(array.nbytes), int(writable))
+        self.library.hb_host_register(
+            ctypes.c_void_p(array.ctypes.data), ctypes.c_int64(array.nbytes), int(writable)
+        )
         return array.ctypes.data
 
     def run(self, name: str, args: ctypes.Structure) -> None:
         """One call of the API; a fault that the emulator found is an AssertionError."""
-        status = getattr(self.api, name)(Queue(0, None), args)
+        status = getattr(self.api, name)(ctypes.byref(Queue(0, None)), ctypes.byref(args))
         assert self.fault == ""
         assert status == 0, self.api.error_text(status)

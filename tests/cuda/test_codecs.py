@@ -174,19 +174,6 @@ def test_dequantize4(n, blocksize, dtype, quant_type, offset, start, nesting, or
     assert same(out, np.asarray(expected).view(NUMPY[dtype]))
 
 
-def search_tree(table):
-    """hb_search8_init: a value at the float32 midpoint goes to the even entry of the two."""
-    low, high = table[:-1], table[1:]
-    middle = (low + high) * np.float32(0.5)
-    odd = (np.arange(255) % 2 == 1) & (low != high)
-    threshold = np.maximum.accumulate(np.where(odd, np.nextafter(middle, np.float32(-np.inf)), middle))
-    tree = np.zeros(256, np.float32)
-    for level in range(8):
-        k = np.arange(1 << level)
-        tree[(1 << level) + k] = threshold[(2 * k + 1) * (128 >> level) - 1]
-    return tree
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 5000),
@@ -206,8 +193,7 @@ def test_codec8(n, blocksize, dtype, name, offset, order):
     source, codes = aligned(n, x.dtype, offset), aligned(n, np.uint8, offset)
     source[:] = x
     absmax = aligned(-(-n // blocksize), np.float32)
-    tree = search_tree(table)
-    emulator.run("quantize8", Quantize8(x=emulator.register(source), tree=emulator.register(tree),
+    emulator.run("quantize8", Quantize8(x=emulator.register(source), map=emulator.register(table),
                  x_dtype=DTYPES[dtype], blocksize=blocksize, n=n, codes=emulator.register(codes, True),
                  absmax=emulator.register(absmax, True)))  # fmt: skip
     assert same(absmax, expected_absmax)
