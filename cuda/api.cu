@@ -71,21 +71,31 @@ int device_get(int32_t index, hb_cuda_device *device)
     {                                                                                              \
         return on_device(queue, args, hb_cuda_launch_##name);                                      \
     }
+ON_DEVICE(upload, hb_cuda_upload)
+ON_DEVICE(expand4, hb_cuda_expand4)
 ON_DEVICE(quantize4, hb_cuda_quantize4)
 ON_DEVICE(dequantize4, hb_cuda_dequantize4)
 ON_DEVICE(linear4, hb_cuda_linear4)
 ON_DEVICE(quantize8, hb_cuda_quantize8)
 ON_DEVICE(dequantize8, hb_cuda_dequantize8)
 
-// In the order of hb_cuda_api. The entries that are null do not exist yet.
+// clang-format off: one entry a line, in the order of hb_cuda_api. The entries that are null do not
+// exist yet.
 const hb_cuda_api api = {
-    HB_CUDA_ABI,    sizeof(hb_cuda_api), CUDART_VERSION, error_text,
-    driver_version, device_count,        device_get,
+    HB_CUDA_ABI,
+    sizeof(hb_cuda_api),
+    CUDART_VERSION,
+    error_text,
+    driver_version,
+    device_count,
+    device_get,
     nullptr, // managed_new
     nullptr, // managed_free
     nullptr, // managed_prefetch
     nullptr, // memory_on_device
     nullptr, // copy
+    upload,
+    expand4,
     quantize4,
     nullptr, // nest4_workspace
     nullptr, // nest4
@@ -93,7 +103,8 @@ const hb_cuda_api api = {
     nullptr, // linear4_workspace
     linear4,
     nullptr, // gather4
-    quantize8,      dequantize8,
+    quantize8,
+    dequantize8,
     nullptr, // quantize_rows8
     nullptr, // dequantize_rows8
     nullptr, // matmul8
@@ -102,6 +113,7 @@ const hb_cuda_api api = {
     nullptr, // optimizer_workspace
     nullptr, // optimizer
 };
+// clang-format on
 
 } // namespace
 

@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a function here does.
-enum { HB_CUDA_ABI = 2, HB_CUDA_MAX_NDIM = 8 };
+enum { HB_CUDA_ABI = 3, HB_CUDA_MAX_NDIM = 8 };
 
 typedef struct {
     int32_t device; // index, as CUDA counts the visible devices
@@ -49,6 +49,14 @@ typedef struct {
     int64_t shape[8], source_stride[8], target_stride[8];
 } hb_cuda_copy;
 
+// target[i] = values[i], i < count <= 256: a table of the host's, which travels inside the launch's
+// arguments, so that nobody waits for a copy and a graph keeps its numbers.
+typedef struct {
+    float *target;
+    int32_t count;
+    float values[256];
+} hb_cuda_upload;
+
 // ---- 4-bit codebook formats ---------------------------------------------------------------------
 
 // Scales of a 4-bit tensor as hb_tensor4 (ops.h) has them: float32 `absmax`, or nested.
@@ -61,6 +69,13 @@ typedef struct {
     float nested_offset_value;
     int64_t nested_blocksize;
 } hb_cuda_scales4;
+
+// hb_expand_absmax: scales of blocks [first, first + n) as float32.
+typedef struct {
+    hb_cuda_scales4 scales;
+    int64_t first, n;
+    float *absmax;
+} hb_cuda_expand4;
 
 // hb_quantize_4bit: x [n] -> packed [(n + 1) / 2], absmax [ceil(n / blocksize)].
 typedef struct {
@@ -227,6 +242,8 @@ typedef struct {
     int (*memory_on_device)(int32_t device, const void *memory, int32_t *readable);
 
     int (*copy)(const hb_cuda_queue *queue, const hb_cuda_copy *args);
+    int (*upload)(const hb_cuda_queue *queue, const hb_cuda_upload *args);
+    int (*expand4)(const hb_cuda_queue *queue, const hb_cuda_expand4 *args);
     int (*quantize4)(const hb_cuda_queue *queue, const hb_cuda_quantize4 *args);
     int64_t (*nest4_workspace)(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
     int (*nest4)(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
