@@ -10,27 +10,32 @@
 namespace
 {
 
-// Makes the queue's device current for the length of one call, and the caller's again afterwards.
-// An error that an earlier, unrelated call left behind is not ours to report.
-template <typename Args>
-int on_device(const hb_cuda_queue *queue, const Args *args,
-              int (*launch)(const hb_cuda_queue *, const Args *))
+// Makes a device current for the length of one call, and the caller's again afterwards. An error
+// that an earlier, unrelated call left behind is not ours to report.
+template <typename Call> int with_device(int32_t device, Call call)
 {
     int current = 0;
     cudaError_t status = cudaGetDevice(&current);
     if (status != cudaSuccess) return status;
-    if (current != queue->device) {
-        status = cudaSetDevice(queue->device);
+    if (current != device) {
+        status = cudaSetDevice(device);
         if (status != cudaSuccess) return status;
     }
     (void)cudaGetLastError();
-    int result = launch(queue, args);
+    int result = call();
     if (result != 0) (void)cudaGetLastError();
-    if (current != queue->device) {
+    if (current != device) {
         status = cudaSetDevice(current);
         if (result == 0) result = status;
     }
     return result;
+}
+
+template <typename Args>
+int on_device(const hb_cuda_queue *queue, const Args *args,
+              int (*launch)(const hb_cuda_queue *, const Args *))
+{
+    return with_device(queue->device, [=] { return launch(queue, args); });
 }
 
 const char *error_text(int status)
@@ -66,11 +71,70 @@ int device_get(int32_t index, hb_cuda_device *device)
     return 0;
 }
 
+// Without advice managed memory moves to where it was touched last and back when room is needed,
+// which is what paged states want.
+int managed_new(int32_t device, int64_t bytes, void **memory)
+{
+    *memory = nullptr;
+    if (bytes <= 0) return bytes < 0 ? cudaErrorInvalidValue : cudaSuccess;
+    return with_device(device, [=]() -> int {
+        return cudaMallocManaged(memory, (size_t)bytes, cudaMemAttachGlobal);
+    });
+}
+
+int managed_free(void *memory)
+{
+    return cudaFree(memory);
+}
+
+// Where pages cannot move while the device works (Windows), they move as a whole at each launch,
+// and there is nothing to ask for.
+int managed_prefetch(const hb_cuda_queue *queue, void *memory, int64_t bytes)
+{
+    if (bytes <= 0) return cudaSuccess;
+    return with_device(queue->device, [=]() -> int {
+        int movable = 0;
+        cudaError_t status =
+            cudaDeviceGetAttribute(&movable, cudaDevAttrConcurrentManagedAccess, queue->device);
+        if (status != cudaSuccess || !movable) return status;
+#if CUDART_VERSION >= 13000
+        cudaMemLocation location = {};
+        location.type = cudaMemLocationTypeDevice;
+        location.id = queue->device;
+        return cudaMemPrefetchAsync(memory, (size_t)bytes, location, 0,
+                                    (cudaStream_t)queue->stream);
+#else
+        return cudaMemPrefetchAsync(memory, (size_t)bytes, queue->device,
+                                    (cudaStream_t)queue->stream);
+#endif
+    });
+}
+
+// Memory of the device, managed memory, and pinned host memory under its own address. Ordinary host
+// memory does not count, also where the system would let kernels reach it page by page.
+int memory_on_device(int32_t device, const void *memory, int32_t *readable)
+{
+    *readable = 0;
+    return with_device(device, [=]() -> int {
+        cudaPointerAttributes found = {};
+        cudaError_t status = cudaPointerGetAttributes(&found, memory);
+        if (status != cudaSuccess) return status;
+        switch (found.type) {
+        case cudaMemoryTypeDevice: *readable = found.device == device; break;
+        case cudaMemoryTypeManaged: *readable = 1; break;
+        case cudaMemoryTypeHost: *readable = found.devicePointer == memory; break;
+        default: break;
+        }
+        return cudaSuccess;
+    });
+}
+
 #define ON_DEVICE(name, args_type)                                                                 \
     int name(const hb_cuda_queue *queue, const args_type *args)                                    \
     {                                                                                              \
         return on_device(queue, args, hb_cuda_launch_##name);                                      \
     }
+ON_DEVICE(copy, hb_cuda_copy)
 ON_DEVICE(upload, hb_cuda_upload)
 ON_DEVICE(expand4, hb_cuda_expand4)
 ON_DEVICE(quantize4, hb_cuda_quantize4)
@@ -89,11 +153,11 @@ const hb_cuda_api api = {
     driver_version,
     device_count,
     device_get,
-    nullptr, // managed_new
-    nullptr, // managed_free
-    nullptr, // managed_prefetch
-    nullptr, // memory_on_device
-    nullptr, // copy
+    managed_new,
+    managed_free,
+    managed_prefetch,
+    memory_on_device,
+    copy,
     upload,
     expand4,
     quantize4,

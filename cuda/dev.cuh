@@ -106,6 +106,11 @@ HB_DEVICE int count_leading_zeros(uint32_t x)
 {
     return __clz((int)x);
 }
+// The upper 32 bits of a * b.
+HB_DEVICE uint32_t mul_high(uint32_t a, uint32_t b)
+{
+    return __umulhi(a, b);
+}
 
 HB_DEVICE float bf16_to_float(uint16_t x)
 {

@@ -8,6 +8,7 @@
 
 enum { HB_CUDA_INVALID = 1 }; // cudaErrorInvalidValue: arguments that no kernel here can do
 
+int hb_cuda_launch_copy(const hb_cuda_queue *queue, const hb_cuda_copy *args);
 int hb_cuda_launch_upload(const hb_cuda_queue *queue, const hb_cuda_upload *args);
 int hb_cuda_launch_expand4(const hb_cuda_queue *queue, const hb_cuda_expand4 *args);
 int hb_cuda_launch_quantize4(const hb_cuda_queue *queue, const hb_cuda_quantize4 *args);

@@ -234,11 +234,13 @@ typedef struct {
     int (*device_count)(int *count);
     int (*device_get)(int32_t index, hb_cuda_device *device);
 
-    // Managed memory (paged optimizer states), the only memory that this library gives out.
+    // Managed memory (paged optimizer states), the only memory that this library gives out: 0 bytes
+    // are NULL. Free may wait for the device; prefetch moves the pages there, in the stream.
     int (*managed_new)(int32_t device, int64_t bytes, void **memory);
     int (*managed_free)(void *memory);
     int (*managed_prefetch)(const hb_cuda_queue *queue, void *memory, int64_t bytes);
-    // *readable: kernels of the device may read and write `memory` where it lies.
+    // *readable: kernels of the device may read and write `memory` where it lies, because it is
+    // the device's, managed, or pinned host memory.
     int (*memory_on_device)(int32_t device, const void *memory, int32_t *readable);
 
     int (*copy)(const hb_cuda_queue *queue, const hb_cuda_copy *args);

@@ -138,6 +138,10 @@ static inline int count_leading_zeros(uint32_t x)
 {
     return x == 0 ? 32 : __builtin_clz(x);
 }
+static inline uint32_t mul_high(uint32_t a, uint32_t b)
+{
+    return (uint32_t)((uint64_t)a * b >> 32);
+}
 static inline float bf16_to_float(uint16_t x)
 {
     return hb_f32_from_bf16(x);

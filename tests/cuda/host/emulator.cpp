@@ -6,6 +6,7 @@
 // fault. Blocks run one after the other, in the chosen order too.
 #include "dev_host.h"
 #include "emulator.h"
+#include "runtime_host.h"
 
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -63,6 +64,7 @@ struct shared_byte {
 };
 
 std::map<uintptr_t, buffer> buffers;
+std::map<uintptr_t, size_t> managed;
 std::string fault;
 int order = 0;
 std::mt19937 random_source;
@@ -372,6 +374,34 @@ int launch(const std::function<void()> &kernel, int64_t blocks, int threads, siz
     return 0;
 }
 
+void *managed_new(size_t bytes)
+{
+    const size_t rounded = (bytes + 255) / 256 * 256;
+    void *memory = aligned_alloc(256, rounded);
+    if (memory == nullptr) return nullptr;
+    std::memset(memory, 0xa5, rounded);
+    managed[(uintptr_t)memory] = bytes;
+    buffers[(uintptr_t)memory] = {bytes, true, {}};
+    return memory;
+}
+
+bool managed_free(void *memory)
+{
+    if (managed.erase((uintptr_t)memory) == 0) return false;
+    buffers.erase((uintptr_t)memory);
+    free(memory);
+    return true;
+}
+
+place place_of(const void *memory)
+{
+    auto after = buffers.upper_bound((uintptr_t)memory);
+    if (after == buffers.begin()) return place::host;
+    auto &[start, found] = *std::prev(after);
+    if ((uintptr_t)memory - start >= found.bytes) return place::host;
+    return managed.count(start) != 0 ? place::managed : place::device;
+}
+
 } // namespace hb_host
 
 // ---- emulator.h: for the tests ------------------------------------------------------------------
@@ -379,6 +409,7 @@ int launch(const std::function<void()> &kernel, int64_t blocks, int threads, siz
 void hb_host_reset(int order, uint32_t seed)
 {
     hb_host::buffers.clear();
+    for (auto [start, bytes] : hb_host::managed) hb_host::buffers[start] = {bytes, true, {}};
     hb_host::fault.clear();
     hb_host::order = order;
     hb_host::random_source.seed(seed);

@@ -12,6 +12,8 @@
 typedef int cudaError_t;
 enum {
     cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
     cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
@@ -65,16 +67,72 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, in
     *properties = {"emulated on the host", 9, 0, 1, (size_t)1 << 30};
     return cudaSuccess;
 }
-enum { cudaDevAttrComputeCapabilityMajor = 75 };
-static inline cudaError_t cudaDeviceGetAttribute(int *value, int, int device)
+enum { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrConcurrentManagedAccess = 89 };
+static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int device)
 {
-    *value = hb_fake("sm_75") ? 7 : 9;
+    *value = attribute == cudaDevAttrConcurrentManagedAccess ? 1 : hb_fake("sm_75") ? 7 : 9;
     return cudaSetDevice(device);
+}
+
+// Managed memory is host memory that the emulator's kernels may write (emulator.cpp); what the
+// tests register with the emulator is device memory, and all else the host's.
+namespace hb_host
+{
+enum class place { host, device, managed };
+void *managed_new(size_t bytes);
+bool managed_free(void *memory); // false: it is none
+place place_of(const void *memory);
+} // namespace hb_host
+
+typedef void *cudaStream_t;
+enum { cudaMemAttachGlobal = 1 };
+enum cudaMemoryType {
+    cudaMemoryTypeUnregistered,
+    cudaMemoryTypeHost,
+    cudaMemoryTypeDevice,
+    cudaMemoryTypeManaged
+};
+struct cudaPointerAttributes {
+    cudaMemoryType type;
+    int device;
+    void *devicePointer, *hostPointer;
+};
+enum cudaMemLocationType { cudaMemLocationTypeDevice = 1 };
+struct cudaMemLocation {
+    cudaMemLocationType type;
+    int id;
+};
+
+static inline cudaError_t cudaMallocManaged(void **memory, size_t bytes, unsigned)
+{
+    *memory = hb_fake("no-memory") ? nullptr : hb_host::managed_new(bytes);
+    return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+static inline cudaError_t cudaFree(void *memory)
+{
+    return memory == nullptr || hb_host::managed_free(memory) ? cudaSuccess : cudaErrorInvalidValue;
+}
+static inline cudaError_t cudaMemPrefetchAsync(const void *memory, size_t, cudaMemLocation location,
+                                               unsigned, cudaStream_t)
+{
+    if (hb_host::place_of(memory) != hb_host::place::managed) return cudaErrorInvalidValue;
+    return cudaSetDevice(location.id);
+}
+static inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *found, const void *memory)
+{
+    const hb_host::place place = hb_host::place_of(memory);
+    const bool mine = place != hb_host::place::host;
+    *found = {mine ? place == hb_host::place::device ? cudaMemoryTypeDevice : cudaMemoryTypeManaged
+                   : cudaMemoryTypeUnregistered,
+              0, mine ? (void *)memory : nullptr, nullptr};
+    return cudaSuccess;
 }
 static inline const char *cudaGetErrorString(cudaError_t status)
 {
     switch (status) {
     case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorInsufficientDriver:
         return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorNoDevice: return "no CUDA-capable device is detected";
