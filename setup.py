@@ -49,6 +49,7 @@ FLAGS_OF_MACHINE = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAG
 ISA_FLAGS = {"ref": []} | FLAGS_OF_MACHINE.get(platform.machine(), {})
 
 
+CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Icuda", "--threads=2", "--compress-mode=size", "-cudart=static",
               "-Xcompiler=-fPIC,-fvisibility=hidden,-static-libstdc++,-static-libgcc",
               "-Xlinker=--exclude-libs,ALL", "-Xlinker=-s"]  # fmt: skip
@@ -70,15 +71,15 @@ LIBRARIES = [library("hb_core", "csrc/core/*.c", ["-Wconversion"])]
 LIBRARIES += [library(f"hb_{isa}", f"csrc/cpu/{isa}/*.c", flags) for isa, flags in ISA_FLAGS.items()]
 
 
-def find_nvcc():
-    """The CUDA compiler: of CUDA_HOME, on the path, or the one from PyPI (extra "build-cuda")."""
+def find_cuda_tool(name):
+    """A program of the CUDA Toolkit: of CUDA_HOME, on the path, or from PyPI (extra "build-cuda")."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folders = [home + "/bin"] if home else []
     folders += os.environ.get("PATH", os.defpath).split(os.pathsep)
     packages = importlib.util.find_spec("nvidia")
     for root in packages.submodule_search_locations if packages else ():
         folders += sorted(glob(f"{root}/cu*/bin"))
-    return shutil.which("nvcc", path=os.pathsep.join(folders))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def cuda_plan():
@@ -89,7 +90,7 @@ def cuda_plan():
         why = "HALFBYTE_CUDA=0"
     elif not sources("cuda/*.cu"):
         why = "this version has no CUDA sources"
-    elif (nvcc := find_nvcc()) is None:
+    elif (nvcc := find_cuda_tool("nvcc")) is None:
         why = "nvcc not found; set CUDA_HOME, or pip install '.[build-cuda]'"
     if wish == "1" and nvcc is None:
         sys.exit(f"halfbyte: HALFBYTE_CUDA=1, but the CUDA library cannot be built: {why}")
@@ -126,7 +127,7 @@ class BuildExt(build_ext):
         """Compiles the CUDA library unless nothing changed; returns what there is now."""
         target = self.cuda_target()
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-        wished = os.environ.get("HALFBYTE_CUDA_ARCHS", "75;80;86;89;90;100;120").split(";")
+        wished = os.environ.get("HALFBYTE_CUDA_ARCHS", ";".join(CUDA_ARCHS)).split(";")
         archs = [arch for arch in wished if f"sm_{arch}" in listed]
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         gencode += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs[-1:]]  # PTX for later GPUs
