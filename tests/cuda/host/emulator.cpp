@@ -420,6 +420,11 @@ void hb_host_register(const void *start, int64_t bytes, int writable)
     hb_host::buffers[(uintptr_t)start] = {(size_t)bytes, writable != 0, {}};
 }
 
+void hb_host_forget(const void *start)
+{
+    hb_host::buffers.erase((uintptr_t)start);
+}
+
 const char *hb_host_fault(void)
 {
     return hb_host::fault.c_str();

@@ -10,6 +10,8 @@ extern "C" {
 void hb_host_reset(int order, uint32_t seed);
 // Memory that kernels may touch: an input, or an output that each launch writes at most once.
 void hb_host_register(const void *start, int64_t bytes, int writable);
+// Takes the buffer that starts here back.
+void hb_host_forget(const void *start);
 // What went wrong since the last reset, or "".
 const char *hb_host_fault(void);
 #pragma GCC visibility pop
