@@ -179,18 +179,34 @@ const hb_cuda_api api = {
 };
 // clang-format on
 
+// An attribute of a device, remembered in known[device]. 0: not asked yet; two threads that ask at
+// once write the same.
+enum { KNOWN_DEVICES = 64 };
+int device_attribute(int32_t device, cudaDeviceAttr attribute, volatile int *known)
+{
+    const bool cached = device >= 0 && device < KNOWN_DEVICES;
+    if (cached && known[device] != 0) return known[device];
+    int value = 0;
+    if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 0;
+    }
+    if (cached) known[device] = value;
+    return value;
+}
+
 } // namespace
 
 int hb_cuda_device_major(int32_t device)
 {
-    enum { KNOWN = 64 };
-    static volatile int majors[KNOWN]; // 0: not asked yet; two threads would write the same
-    if (device >= 0 && device < KNOWN && majors[device] != 0) return majors[device];
-    int major = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
-        return 0;
-    if (device >= 0 && device < KNOWN) majors[device] = major;
-    return major;
+    static volatile int known[KNOWN_DEVICES];
+    return device_attribute(device, cudaDevAttrComputeCapabilityMajor, known);
+}
+
+int hb_cuda_device_multiprocessors(int32_t device)
+{
+    static volatile int known[KNOWN_DEVICES];
+    return device_attribute(device, cudaDevAttrMultiProcessorCount, known);
 }
 
 extern "C" __attribute__((visibility("default"))) hb_cuda_api_get_fn hb_cuda_api_get;

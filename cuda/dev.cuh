@@ -155,11 +155,43 @@ template <int IO> HB_DEVICE void mma_16x8x16(float *d, const uint32_t *a, const 
 #endif
 }
 
-// kernel<<<...>>>(args) with 64-bit block counts checked by the caller; returns the launch's
-// status.
+// What is remembered of a kernel: on which devices it may use more shared memory than 48 KB.
+struct hb_kernel_state {
+    uint64_t allowed; // bit d: device d
+};
+
+// Lets `kernel` use all the shared memory that a block can have on the current device. The value
+// is the same for every thread that comes here, so it does not matter who is last.
+static inline int hb_allow_shared(const void *kernel, hb_kernel_state *state, int64_t bytes)
+{
+    if (bytes <= 48 * 1024) return 0;
+    int device = 0, limit = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    const uint64_t bit = (uint64_t)(device < 64) << (device & 63);
+    if (__atomic_load_n(&state->allowed, __ATOMIC_RELAXED) & bit) return 0;
+    status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status != cudaSuccess) return status;
+    if (bytes > limit) return cudaErrorInvalidValue;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    if (status == cudaSuccess) __atomic_fetch_or(&state->allowed, bit, __ATOMIC_RELAXED);
+    return status;
+}
+
+enum { HB_MAX_BLOCKS = 2147483647, HB_TOO_MANY_BLOCKS = cudaErrorInvalidConfiguration };
+
+// kernel<<<...>>>(args) on the current device; the launch's status. More blocks than a grid can
+// have are an error. Kernels have no static shared memory.
 #define HB_LAUNCH(kernel, blocks, threads, shared_bytes, stream, args)                             \
-    (kernel<<<(unsigned)(blocks), (threads), (shared_bytes), (cudaStream_t)(stream)>>>(args),      \
-     (int)cudaPeekAtLastError())
+    ([&](int64_t hb_blocks, int64_t hb_bytes) -> int {                                             \
+        static hb_kernel_state hb_state;                                                           \
+        if (hb_blocks > HB_MAX_BLOCKS) return HB_TOO_MANY_BLOCKS;                                  \
+        const int hb_status = hb_allow_shared((const void *)kernel, &hb_state, hb_bytes);          \
+        if (hb_status != 0) return hb_status;                                                      \
+        kernel<<<(unsigned)hb_blocks, (threads), (size_t)hb_bytes, (cudaStream_t)(stream)>>>(      \
+            args);                                                                                 \
+        return (int)cudaPeekAtLastError();                                                         \
+    }((blocks), (shared_bytes)))
 
 #else
 #include "dev_host.h"

@@ -20,7 +20,9 @@ int hb_cuda_launch_linear4_mma(const hb_cuda_queue *queue, const hb_cuda_linear4
 int hb_cuda_launch_quantize8(const hb_cuda_queue *queue, const hb_cuda_quantize8 *args);
 int hb_cuda_launch_dequantize8(const hb_cuda_queue *queue, const hb_cuda_dequantize8 *args);
 
-// Compute capability (major) of a device, cached; 0 when it cannot be asked.
+// Compute capability (major) and number of multiprocessors of a device, cached; 0 when it cannot be
+// asked.
 int hb_cuda_device_major(int32_t device);
+int hb_cuda_device_multiprocessors(int32_t device);
 
 #endif

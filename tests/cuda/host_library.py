@@ -149,8 +149,11 @@ class Emulator:
         )
         return array.ctypes.data
 
-    def run(self, name: str, args: ctypes.Structure) -> None:
-        """One call of the API; a fault that the emulator found is an AssertionError."""
-        status = getattr(self.api, name)(ctypes.byref(Queue(0, None)), ctypes.byref(args))
+    def run(self, name: str, args: ctypes.Structure, device: int = 0) -> None:
+        """One call of the API; a fault that the emulator found is an AssertionError.
+
+        The devices are those of host/runtime_host.h: 0 large, 1 small, 2 old.
+        """
+        status = getattr(self.api, name)(ctypes.byref(Queue(device, None)), ctypes.byref(args))
         assert self.fault == ""
         assert status == 0, self.api.error_text(status)

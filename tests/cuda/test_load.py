@@ -34,13 +34,16 @@ def test_api_layout():
 
 def test_emulated_device():
     found = info(HALFBYTE_CUDA_LIBRARY=str(library_path()))
-    device = {"name": "emulated on the host", "capability": [9, 0], "multiprocessors": 1, "memory": 1 << 30}
+    devices = [
+        {"name": "emulated on the host", "capability": c, "multiprocessors": n, "memory": 1 << 30}
+        for c, n in [([9, 0], 132), ([8, 0], 2), ([7, 5], 16)]
+    ]
     assert found == {
         "available": True,
         "reason": None,
         "driver": "13.0",
         "runtime": "13.0",
-        "devices": [device],
+        "devices": devices,
     }
 
 

@@ -169,6 +169,8 @@ template <int IO> void mma_16x8x16(float *d, const uint32_t *a, const uint32_t *
     hb_host::mma_16x8x16(IO, d, a, b);
 }
 
+enum { HB_MAX_BLOCKS = 2147483647, HB_TOO_MANY_BLOCKS = 9 }; // cudaErrorInvalidConfiguration
+
 // The template arguments' commas need parentheses around the kernel's name, as in dev.cuh.
 #define HB_LAUNCH(kernel, blocks, threads, shared_bytes, stream, args)                             \
     ((void)(stream),                                                                               \

@@ -343,8 +343,8 @@ void check_shared(const void *p, size_t bytes, access kind)
 int launch(const std::function<void()> &kernel, int64_t blocks, int threads, size_t bytes)
 {
     if (!fault.empty()) return CUDA_ERROR_LAUNCH_FAILURE;
-    if (blocks < 1 || blocks > 2147483647 || threads < 1 || threads > 1024 || threads % 32 != 0 ||
-        bytes > 227 * 1024) {
+    if (blocks > HB_MAX_BLOCKS) return HB_TOO_MANY_BLOCKS;
+    if (blocks < 1 || threads < 1 || threads > 1024 || threads % 32 != 0 || bytes > 227 * 1024) {
         fault = "launch with " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
                 " threads and " + std::to_string(bytes) + " bytes of shared memory";
         return 1; // cudaErrorInvalidValue

@@ -1,4 +1,5 @@
-// The few functions of the CUDA runtime that api.cu calls, for one pretended device.
+// The few functions of the CUDA runtime that api.cu calls, for three pretended devices: 0 is large
+// (so that small problems are split over its multiprocessors), 1 small, 2 old.
 //
 // HALFBYTE_FAKE_CUDA in the environment makes them fail: "no-driver", "no-device", "old-driver".
 #ifndef HB_TESTS_CUDA_RUNTIME_HOST_H
@@ -26,6 +27,11 @@ struct cudaDeviceProp {
     size_t totalGlobalMem;
 };
 
+enum { HB_HOST_DEVICES = 3 };
+static const struct {
+    int major, minor, multiprocessors;
+} hb_host_devices[HB_HOST_DEVICES] = {{9, 0, 132}, {8, 0, 2}, {7, 5, 16}};
+
 static inline bool hb_fake(const char *what)
 {
     const char *wish = getenv("HALFBYTE_FAKE_CUDA");
@@ -40,7 +46,7 @@ static inline cudaError_t cudaGetDeviceCount(int *count)
     *count = 0;
     if (hb_fake("no-driver") || hb_fake("old-driver")) return cudaErrorInsufficientDriver;
     if (hb_fake("no-device")) return cudaErrorNoDevice;
-    *count = 1;
+    *count = HB_HOST_DEVICES;
     return cudaSuccess;
 }
 static inline cudaError_t cudaDriverGetVersion(int *version)
@@ -58,20 +64,35 @@ static inline cudaError_t cudaSetDevice(int device)
 {
     int count;
     cudaError_t status = cudaGetDeviceCount(&count);
-    return status != cudaSuccess ? status : device < count ? cudaSuccess : cudaErrorInvalidDevice;
+    return status != cudaSuccess           ? status
+           : device >= 0 && device < count ? cudaSuccess
+                                           : cudaErrorInvalidDevice;
 }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device)
 {
     cudaError_t status = cudaSetDevice(device);
     if (status != cudaSuccess) return status;
-    *properties = {"emulated on the host", 9, 0, 1, (size_t)1 << 30};
+    const auto &known = hb_host_devices[device];
+    *properties = {"emulated on the host", known.major, known.minor, known.multiprocessors,
+                   (size_t)1 << 30};
     return cudaSuccess;
 }
-enum { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrConcurrentManagedAccess = 89 };
-static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int device)
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrConcurrentManagedAccess = 89
+};
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device)
 {
-    *value = attribute == cudaDevAttrConcurrentManagedAccess ? 1 : hb_fake("sm_75") ? 7 : 9;
-    return cudaSetDevice(device);
+    cudaError_t status = cudaSetDevice(device);
+    if (status != cudaSuccess) return status;
+    const auto &known = hb_host_devices[device];
+    switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = known.multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = known.major; break;
+    case cudaDevAttrConcurrentManagedAccess: *value = 1; break;
+    }
+    return cudaSuccess;
 }
 
 // Managed memory is host memory that the emulator's kernels may write (emulator.cpp); what the
