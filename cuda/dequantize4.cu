@@ -31,7 +31,7 @@ template <int IO, bool ALIGNED> HB_KERNEL(THREADS) dequantize4_kernel(HB_ARGS hb
     const int64_t element = a.start + i;
     float value[EACH];
     if (ALIGNED && i + EACH <= a.n) {
-        const float scale = scale_of(a.scales, map, offset, element / a.blocksize);
+        const float scale = scale_of(a.scales, map, offset, block_of(element, a.blocksize));
         const uint2 codes = load_once((const uint2 *)(a.packed + element / 2));
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
@@ -44,7 +44,7 @@ template <int IO, bool ALIGNED> HB_KERNEL(THREADS) dequantize4_kernel(HB_ARGS hb
         return;
     }
     for (int j = 0; j < EACH && i + j < a.n; j++) {
-        const float scale = scale_of(a.scales, map, offset, (element + j) / a.blocksize);
+        const float scale = scale_of(a.scales, map, offset, block_of(element + j, a.blocksize));
         uint32_t byte = load(a.packed + (element + j) / 2);
         uint32_t code = (element + j) % 2 ? byte & 15 : byte >> 4;
         store_float<IO>(a.out, i + j, mul_rn(shared_load(table + code), scale));

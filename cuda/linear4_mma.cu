@@ -63,7 +63,7 @@ HB_DEVICE void chunk_load(const hb_cuda_linear4 &a, const float *map, float offs
         int64_t r = row + 8 * half < a.rows ? row + 8 * half : a.rows - 1;
         int64_t element = r * a.depth + k;
         c->codes[half] = load_once((const uint2 *)(a.packed + element / 2 + 8 * t));
-        c->scale[half] = scale_of(a.scales, map, offset, element / a.blocksize);
+        c->scale[half] = scale_of(a.scales, map, offset, block_of(element, a.blocksize));
         c->x[half] = uint4{0, 0, 0, 0};
         if (x_row < a.m)
             c->x[half] =

@@ -28,7 +28,7 @@ template <int IO> HB_KERNEL(THREADS) linear4_simt_kernel(HB_ARGS hb_cuda_linear4
     for (int64_t byte = begin / 2 + lane_index(); 2 * byte < end; byte += HB_LANES) {
         const uint32_t codes = load(a.packed + byte);
         // An even element and the next lie in one block: block sizes are even.
-        const float scale = scale_of(a.scales, map, offset, 2 * byte / a.blocksize);
+        const float scale = scale_of(a.scales, map, offset, block_of(2 * byte, a.blocksize));
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int64_t element = 2 * byte + half;
