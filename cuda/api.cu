@@ -140,8 +140,11 @@ ON_DEVICE(expand4, hb_cuda_expand4)
 ON_DEVICE(quantize4, hb_cuda_quantize4)
 ON_DEVICE(dequantize4, hb_cuda_dequantize4)
 ON_DEVICE(linear4, hb_cuda_linear4)
+ON_DEVICE(gather4, hb_cuda_gather4)
 ON_DEVICE(quantize8, hb_cuda_quantize8)
 ON_DEVICE(dequantize8, hb_cuda_dequantize8)
+ON_DEVICE(quantize_rows8, hb_cuda_quantize_rows8)
+ON_DEVICE(dequantize_rows8, hb_cuda_dequantize_rows8)
 
 // clang-format off: one entry a line, in the order of hb_cuda_api. The entries that are null do not
 // exist yet.
@@ -166,11 +169,11 @@ const hb_cuda_api api = {
     dequantize4,
     nullptr, // linear4_workspace
     linear4,
-    nullptr, // gather4
+    gather4,
     quantize8,
     dequantize8,
-    nullptr, // quantize_rows8
-    nullptr, // dequantize_rows8
+    quantize_rows8,
+    dequantize_rows8,
     nullptr, // matmul8
     nullptr, // linear8_workspace
     nullptr, // linear8

@@ -82,6 +82,12 @@ template <typename T> HB_DEVICE void store_once(T *p, T value)
     __stcs(p, value);
 }
 
+// Sets a byte to 1, which any number of threads of the launch may do.
+HB_DEVICE void store_mark(uint8_t *p)
+{
+    *(volatile uint8_t *)p = 1;
+}
+
 HB_DEVICE float mul_rn(float a, float b)
 {
     return __fmul_rn(a, b);
@@ -153,6 +159,12 @@ template <int IO> HB_DEVICE void mma_16x8x16(float *d, const uint32_t *a, const 
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
+}
+
+// Sets bytes of device memory in the order of the stream; a node of a graph when captured.
+static inline int hb_cuda_fill(void *p, int value, int64_t bytes, void *stream)
+{
+    return (int)cudaMemsetAsync(p, value, (size_t)bytes, (cudaStream_t)stream);
 }
 
 // What is remembered of a kernel: on which devices it may use more shared memory than 48 KB.

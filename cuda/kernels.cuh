@@ -19,6 +19,10 @@ bool hb_cuda_linear4_mma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 
 int hb_cuda_launch_linear4_mma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int hb_cuda_launch_quantize8(const hb_cuda_queue *queue, const hb_cuda_quantize8 *args);
 int hb_cuda_launch_dequantize8(const hb_cuda_queue *queue, const hb_cuda_dequantize8 *args);
+int hb_cuda_launch_gather4(const hb_cuda_queue *queue, const hb_cuda_gather4 *args);
+int hb_cuda_launch_quantize_rows8(const hb_cuda_queue *queue, const hb_cuda_quantize_rows8 *args);
+int hb_cuda_launch_dequantize_rows8(const hb_cuda_queue *queue,
+                                    const hb_cuda_dequantize_rows8 *args);
 
 // Compute capability (major) and number of multiprocessors of a device, cached; 0 when it cannot be
 // asked.

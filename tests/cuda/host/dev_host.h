@@ -43,6 +43,8 @@ extern thread_state *self; // the thread that runs now
 
 enum class access { read, write };
 void check_global(const void *p, size_t bytes, access kind);
+void check_mark(const void *p); // a byte that any thread may set to the same value
+int fill(void *p, int value, int64_t bytes);
 void check_shared(const void *p, size_t bytes, access kind);
 unsigned char *shared_base();
 void block_barrier();
@@ -111,6 +113,16 @@ template <typename T> void store(T *p, T value)
 template <typename T> void store_once(T *p, T value)
 {
     store(p, value);
+}
+
+static inline void store_mark(uint8_t *p)
+{
+    hb_host::check_mark(p);
+    *p = 1;
+}
+static inline int hb_cuda_fill(void *p, int value, int64_t bytes, void *)
+{
+    return hb_host::fill(p, value, bytes);
 }
 
 // The host build uses -ffp-contract=off: plain operations round once, as the intrinsics do.

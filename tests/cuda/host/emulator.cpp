@@ -303,6 +303,40 @@ void check_global(const void *p, size_t bytes, access kind)
     }
 }
 
+// -1 in place of a writer: marked, by anybody.
+void check_mark(const void *p)
+{
+    uintptr_t address = (uintptr_t)p;
+    auto after = buffers.upper_bound(address);
+    if (after == buffers.begin()) stop("mark outside every buffer");
+    auto &[start, found] = *std::prev(after);
+    if (address - start >= found.bytes)
+        stop("mark at offset %zu of a buffer of %zu", address - start, found.bytes);
+    if (!found.writable) stop("mark in an input, at offset %zu", address - start);
+    int64_t &writer = found.writer[address - start];
+    if (writer > 0) stop("byte %zu of an output is written and marked", address - start);
+    writer = -1;
+}
+
+int fill(void *p, int value, int64_t bytes)
+{
+    if (!fault.empty()) return CUDA_ERROR_LAUNCH_FAILURE;
+    uintptr_t address = (uintptr_t)p;
+    auto after = buffers.upper_bound(address);
+    if (after == buffers.begin()) {
+        fault = "fill outside every buffer";
+        return 1;
+    }
+    auto &[start, found] = *std::prev(after);
+    if (bytes < 0 || address - start + (size_t)bytes > found.bytes || !found.writable) {
+        fault = "fill of " + std::to_string(bytes) + " bytes at offset " +
+                std::to_string(address - start) + " of a buffer of " + std::to_string(found.bytes);
+        return 1;
+    }
+    std::memset(p, value, (size_t)bytes);
+    return 0;
+}
+
 void check_shared(const void *p, size_t bytes, access kind)
 {
     uintptr_t address = (uintptr_t)p, base = (uintptr_t)shared_start;
