@@ -118,6 +118,13 @@ HB_DEVICE uint32_t mul_high(uint32_t a, uint32_t b)
     return __umulhi(a, b);
 }
 
+// Bytes of `low` (0..3) and `high` (4..7): byte i of the result is the one that nibble i of
+// `selector` (each 0..7) names.
+HB_DEVICE uint32_t merge_bytes(uint32_t low, uint32_t high, uint32_t selector)
+{
+    return __byte_perm(low, high, selector);
+}
+
 HB_DEVICE float bf16_to_float(uint16_t x)
 {
     return __uint_as_float((uint32_t)x << 16);

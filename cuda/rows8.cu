@@ -21,6 +21,28 @@ namespace
 
 enum { THREADS = 256, WARPS = THREADS / HB_LANES, KEPT = 4, ZERO_ROWS = 16 };
 
+template <int IO, int EACH> HB_DEVICE void get(const void *x, int64_t i, float *value)
+{
+    if constexpr (EACH == 8)
+        load8<IO>(x, i, value);
+    else
+        value[0] = load_float<IO>(x, i);
+}
+
+template <int EACH> HB_DEVICE void put(int8_t *codes, const float *value, float factor)
+{
+    if constexpr (EACH == 8) {
+        uint2 word;
+        if (is_plain_factor(factor))
+            word = {encode4_int8<true>(value, factor), encode4_int8<true>(value + 4, factor)};
+        else
+            word = {encode4_int8<false>(value, factor), encode4_int8<false>(value + 4, factor)};
+        store_once((uint2 *)codes, word);
+    } else {
+        store(codes, (int8_t)encode_int8<false>(value[0], factor));
+    }
+}
+
 // GROUP threads a row: HB_LANES or THREADS. EACH elements a thread and step: 8 (depth % 8 == 0, x
 // 16-byte and codes 8-byte aligned) or 1.
 template <int IO, int EACH, int GROUP>
@@ -40,27 +62,13 @@ quantize_rows8_kernel(HB_ARGS hb_cuda_quantize_rows8 a)
     for (int i = 0; i < HELD; i++) {
         const int64_t k = i * STEP + me * EACH;
         if (k >= a.depth) break;
-        if (EACH == 8)
-            load8<IO>(a.x, begin + k, held[i]);
-        else
-            held[i][0] = load_float<IO>(a.x, begin + k);
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            largest = max_u32(largest, inlier_magnitude(held[i][j], threshold));
-            if (is_outlier(held[i][j], threshold)) store_mark(a.outlier_columns + k + j);
-        }
+        get<IO, EACH>(a.x, begin + k, held[i]);
+        largest = max_u32(largest, take_outliers<EACH>(held[i], threshold, a.outlier_columns + k));
     }
     for (int64_t k = HELD * STEP + me * EACH; k < a.depth; k += STEP) {
         float value[EACH];
-        if (EACH == 8)
-            load8<IO>(a.x, begin + k, value);
-        else
-            value[0] = load_float<IO>(a.x, begin + k);
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            largest = max_u32(largest, inlier_magnitude(value[j], threshold));
-            if (is_outlier(value[j], threshold)) store_mark(a.outlier_columns + k + j);
-        }
+        get<IO, EACH>(a.x, begin + k, value);
+        largest = max_u32(largest, take_outliers<EACH>(value, threshold, a.outlier_columns + k));
     }
 
     float absmax = absmax_of_lanes(largest, HB_LANES);
@@ -80,29 +88,15 @@ quantize_rows8_kernel(HB_ARGS hb_cuda_quantize_rows8 a)
     for (int i = 0; i < HELD; i++) {
         const int64_t k = i * STEP + me * EACH;
         if (k >= a.depth) break;
-        uint32_t word[2] = {0, 0};
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            word[j / 4] |= encode_int8(held[i][j], factor, threshold) << (8 * (j % 4));
-        if (EACH == 8)
-            store_once((uint2 *)(a.codes + begin + k), uint2{word[0], word[1]});
-        else
-            store(a.codes + begin + k, (int8_t)word[0]);
+        put<EACH>(a.codes + begin + k, held[i], factor);
     }
     for (int64_t k = HELD * STEP + me * EACH; k < a.depth; k += STEP) {
         float value[EACH];
-        uint32_t word[2] = {0, 0};
-        if (EACH == 8)
-            load8<IO>(a.x, begin + k, value);
-        else
-            value[0] = load_float<IO>(a.x, begin + k);
+        get<IO, EACH>(a.x, begin + k, value);
 #pragma unroll
         for (int j = 0; j < EACH; j++)
-            word[j / 4] |= encode_int8(value[j], factor, threshold) << (8 * (j % 4));
-        if (EACH == 8)
-            store_once((uint2 *)(a.codes + begin + k), uint2{word[0], word[1]});
-        else
-            store(a.codes + begin + k, (int8_t)word[0]);
+            if (is_outlier(value[j], threshold)) value[j] = 0.0f;
+        put<EACH>(a.codes + begin + k, value, factor);
     }
 }
 

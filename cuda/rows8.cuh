@@ -19,20 +19,47 @@ HB_DEVICE bool is_outlier(float x, float threshold)
     return bits_float(float_bits(x) & 0x7fffffffu) >= threshold;
 }
 
-// Magnitude of x for absmax: its bits, 0 for outliers.
-HB_DEVICE uint32_t inlier_magnitude(float x, float threshold)
+// The largest magnitude of EACH elements, as bits, without outliers, which become 0 and mark their
+// column. One comparison where there is no outlier (and no NaN).
+template <int EACH> HB_DEVICE uint32_t take_outliers(float *value, float threshold, uint8_t *marks)
 {
-    return is_outlier(x, threshold) ? 0 : float_bits(x) & 0x7fffffffu;
+    uint32_t largest = larger_magnitude<EACH>(value, 0);
+    if (largest < float_bits(threshold)) return largest;
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        if (is_outlier(value[j], threshold)) {
+            store_mark(marks + j);
+            value[j] = 0.0f;
+        }
+    return larger_magnitude<EACH>(value, 0);
 }
 
-// The code as a byte. factor = 127 / absmax, rounded; infinite or NaN for an absmax that is tiny, 0
-// or NaN. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-HB_DEVICE uint32_t encode_int8(float x, float factor, float threshold)
+// A factor (127 / absmax, rounded) for which no code needs saturation: absmax is finite and not so
+// small that the quotient overflows.
+HB_DEVICE bool is_plain_factor(float factor)
+{
+    return factor > 0.0f && factor <= 0x1.fffffep127f;
+}
+
+// The code as a byte; bits above it are anything when PLAIN. Adding 1.5 * 2^23 rounds to an integer
+// and leaves it in the low bits; |x * factor| exceeds 127 by roundings only, which this removes.
+template <bool PLAIN> HB_DEVICE uint32_t encode_int8(float x, float factor)
 {
     float v = mul_rn(x, factor);
-    const bool zero = v != v || is_outlier(x, threshold);
+    if (PLAIN) return float_bits(add_rn(v, 0x1.8p23f));
+    const bool is_nan = v != v;
     v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
-    return zero ? 0 : float_bits(add_rn(v, 0x1.8p23f)) & 255;
+    return is_nan ? 0 : float_bits(add_rn(v, 0x1.8p23f));
+}
+
+// The codes of four elements in the bytes of a word.
+template <bool PLAIN> HB_DEVICE uint32_t encode4_int8(const float *value, float factor)
+{
+    const uint32_t low = merge_bytes(encode_int8<PLAIN>(value[0], factor),
+                                     encode_int8<PLAIN>(value[1], factor), 0x0040);
+    const uint32_t high = merge_bytes(encode_int8<PLAIN>(value[2], factor),
+                                      encode_int8<PLAIN>(value[3], factor), 0x0040);
+    return merge_bytes(low, high, 0x5410);
 }
 
 #endif

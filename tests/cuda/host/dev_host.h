@@ -154,6 +154,14 @@ static inline uint32_t mul_high(uint32_t a, uint32_t b)
 {
     return (uint32_t)((uint64_t)a * b >> 32);
 }
+static inline uint32_t merge_bytes(uint32_t low, uint32_t high, uint32_t selector)
+{
+    const uint64_t bytes = (uint64_t)high << 32 | low;
+    uint32_t merged = 0;
+    for (int i = 0; i < 4; i++)
+        merged |= (uint32_t)(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+    return merged;
+}
 static inline float bf16_to_float(uint16_t x)
 {
     return hb_f32_from_bf16(x);
