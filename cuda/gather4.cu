@@ -15,11 +15,6 @@ namespace
 
 enum { THREADS = 256, WARPS = THREADS / HB_LANES, EACH = 16, TABLE_BYTES = 16 * 4 };
 
-HB_DEVICE int log2_blocksize(const hb_cuda_gather4 &a) // a power of two
-{
-    return 31 - count_leading_zeros((uint32_t)a.blocksize);
-}
-
 // First element of the row that output row i shows, or -1.
 HB_DEVICE int64_t row_start(const hb_cuda_gather4 &a, int64_t i)
 {
@@ -43,7 +38,7 @@ template <int IO> HB_KERNEL(THREADS) gather4_kernel(HB_ARGS hb_cuda_gather4 a)
     for (int j = 0; j < EACH; j++) value[j] = bits_float(0x7fc00000u);
     if (start >= 0) {
         const int64_t element = start + i % a.depth;
-        const float scale = scale_of(a.scales, map, offset, element >> log2_blocksize(a));
+        const float scale = scale_of(a.scales, map, offset, block_of(element, a.blocksize));
         const uint2 codes = load((const uint2 *)(a.packed + element / 2));
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
@@ -74,7 +69,7 @@ template <int IO> HB_KERNEL(THREADS) gather4_any_kernel(HB_ARGS hb_cuda_gather4 
             const uint32_t byte = load(a.packed + element / 2);
             const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
             weight = mul_rn(shared_load(table + code),
-                            scale_of(a.scales, map, offset, element >> log2_blocksize(a)));
+                            scale_of(a.scales, map, offset, block_of(element, a.blocksize)));
         }
         store_float<IO>(a.out, i * a.depth + k, weight);
     }
