@@ -88,6 +88,54 @@ HB_DEVICE void store_mark(uint8_t *p)
     *(volatile uint8_t *)p = 1;
 }
 
+// Asynchronous copies from global to shared memory of 4, 8 or 16 bytes, both ends aligned so, of
+// which the first source_bytes come from `source` and the others become 0 (source_bytes 0: source
+// is not read). A thread closes a group of its copies with async_commit; async_wait<N> waits until
+// at most the newest N groups of this thread are under way. Other threads see the data after a
+// barrier that follows the wait. A GPU before sm_80 copies at once.
+template <int BYTES>
+HB_DEVICE void async_copy(void *shared, const void *source, int source_bytes = BYTES)
+{
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "sizes of cp.async");
+#if __CUDA_ARCH__ >= 800
+    const uint32_t target = (uint32_t)__cvta_generic_to_shared(shared);
+    if (BYTES == 16) // past L1
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target),
+                     "l"(__cvta_generic_to_global(source)), "r"(source_bytes)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target),
+                     "l"(__cvta_generic_to_global(source)), "n"(BYTES), "r"(source_bytes)
+                     : "memory");
+#else
+    uint32_t *target = (uint32_t *)shared;
+    const uint32_t *words = (const uint32_t *)source;
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; i++) {
+        const int left = source_bytes - 4 * i; // bytes of this word, if below 4
+        uint32_t word = 0;
+        if (left >= 4)
+            word = __ldg(words + i);
+        else
+            for (int b = 0; b < left; b++)
+                word |= (uint32_t)__ldg((const uint8_t *)(words + i) + b) << (8 * b);
+        target[i] = word;
+    }
+#endif
+}
+HB_DEVICE void async_commit()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N> HB_DEVICE void async_wait()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
 HB_DEVICE float mul_rn(float a, float b)
 {
     return __fmul_rn(a, b);

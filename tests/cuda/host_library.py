@@ -139,8 +139,11 @@ class Emulator:
     def fault(self) -> str:
         return self.library.hb_host_fault().decode()
 
-    def reset(self, order: int = 0, seed: int = 0) -> None:
+    def reset(self, order: int = 0, seed: int = 0, completion: int | None = None) -> None:
+        """Thread order and completion of asynchronous operations (None: like the order); host/emulator.h."""
         self.library.hb_host_reset(order, seed)
+        if completion is not None:
+            self.library.hb_host_async(completion)
 
     def register(self, array: np.ndarray, writable: bool = False) -> int:
         """The array's address, which kernels may from now on read (and write)."""

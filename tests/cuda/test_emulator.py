@@ -14,14 +14,22 @@ FAULTS = {
     "writes_input": "write to an input",
     "misaligned": "read of 8 bytes at a multiple of 4 only",
     "shared_overflow": "shared write of 4 bytes at offset 256 of 256",
+    "async_no_wait": "read before the wait for the asynchronous copy",
+    "async_wrong_wait": "read before the wait for the asynchronous copy",
+    "async_no_barrier": "races with",
+    "async_overwrites": "write before the wait for the asynchronous copy",
+    "async_overtakes": "races with",
+    "async_left_behind": "ends with an asynchronous copy that it has not waited for",
+    "async_misaligned": "asynchronous copy of 16 bytes from a multiple of 4 only",
 }
 
 
-def run(name, order):
+def run(name, order, completion=None):
     emulator = broken_library()
-    emulator.reset(order, seed=1)
+    emulator.reset(order, seed=1, completion=completion)
     # 16-byte aligned memory with room around it
-    source = np.arange(72, dtype=np.float32)[4:68]
+    room = np.arange(96, dtype=np.float32)
+    source = room[4 + -(room.ctypes.data // 4) % 4 :][:64]
     out = np.zeros(64, np.float32)
     emulator.register(source)
     emulator.register(out, writable=True)
@@ -31,10 +39,11 @@ def run(name, order):
     return status, emulator.fault, source, out
 
 
+@pytest.mark.parametrize("completion", [0, 1, 2])
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_found(name, order):
-    status, fault, _, _ = run(name, order)
+def test_fault_is_found(name, order, completion):
+    status, fault, _, _ = run(name, order, completion)
     assert FAULTS[name] in fault
     assert status == 719  # cudaErrorLaunchFailure
 
@@ -44,6 +53,14 @@ def test_correct_kernel_has_no_fault(order):
     status, fault, source, out = run("fine", order)
     assert (status, fault) == (0, "")
     assert np.array_equal(out, source[::-1])
+
+
+@pytest.mark.parametrize("completion", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_asynchronous_copies(order, completion):
+    status, fault, source, out = run("async_fine", order, completion)
+    assert (status, fault) == (0, "")
+    assert np.array_equal(out, np.where(np.arange(64) < 56, source, 0)[::-1])
 
 
 def test_shared_memory_is_poisoned():

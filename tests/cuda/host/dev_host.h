@@ -6,6 +6,8 @@
 //            by two threads of a launch, none written twice when it was declared an output
 //   shared   inside what the launch asked for; poisoned with 0xff; two threads touching a byte, one
 //            of them writing, must have a barrier between (within a warp a warp-wide barrier)
+//   async    nobody touches the target of a copy under way; after the wait the thread that issued
+//            it has written it, so that others need a barrier; no copy outlives its thread
 //   barriers every thread of the block (or lane of the warp) arrives, at the same one
 // Threads run in ascending, descending or random order until they wait, so that a missing barrier
 // shows. A fault is recorded as text and ends the launch; nothing is thrown, nothing exits.
@@ -53,6 +55,10 @@ void warp_barrier();
 uint32_t exchange(uint32_t value, int source);
 // d += A B over the warp's fragments (dev.cuh says which lane holds what).
 void mma_16x8x16(int io, float *d, const uint32_t *a, const uint32_t *b);
+// A copy of `bytes`, the first source_bytes from global memory, zeros behind them.
+void async_copy(void *shared, const void *source, int bytes, int source_bytes);
+void async_commit();
+void async_wait(int groups_left);
 int launch(const std::function<void()> &body, int64_t blocks, int threads, size_t shared_bytes);
 
 } // namespace hb_host
@@ -123,6 +129,20 @@ static inline void store_mark(uint8_t *p)
 static inline int hb_cuda_fill(void *p, int value, int64_t bytes, void *)
 {
     return hb_host::fill(p, value, bytes);
+}
+
+template <int BYTES> void async_copy(void *shared, const void *source, int source_bytes = BYTES)
+{
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "sizes of cp.async");
+    hb_host::async_copy(shared, source, BYTES, source_bytes);
+}
+static inline void async_commit()
+{
+    hb_host::async_commit();
+}
+template <int N> void async_wait()
+{
+    hb_host::async_wait(N);
 }
 
 // The host build uses -ffp-contract=off: plain operations round once, as the intrinsics do.

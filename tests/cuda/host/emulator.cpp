@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <deque>
 #include <map>
 #include <numeric>
 #include <random>
@@ -35,6 +36,14 @@ constexpr int CUDA_ERROR_LAUNCH_FAILURE = 719;
 
 enum class state { ready, at_block_barrier, at_warp_barrier, at_exchange, at_mma, ended };
 
+// A copy under way; its data moved at its issue already (early) or will at the wait for it.
+struct pending_copy {
+    unsigned char *target;
+    const unsigned char *source;
+    size_t bytes, source_bytes;
+    bool moved;
+};
+
 struct fiber : thread_state {
     state where;
     jmp_buf context;
@@ -47,6 +56,8 @@ struct fiber : thread_state {
         uint32_t a[4], b[2];
         float d[4];
     } mma;
+    std::vector<pending_copy> open_copies;           // since the last async_commit
+    std::deque<std::vector<pending_copy>> committed; // groups, the oldest first
 };
 
 struct buffer {
@@ -61,12 +72,13 @@ struct shared_byte {
     int64_t write_block_epoch = -1, write_warp_epoch = -1;
     int64_t read_block_epoch = -1, read_warp_epoch = -1;
     int reader_warp = NO_THREAD; // or MANY
+    int copier = NO_THREAD;      // whose asynchronous copy to here is under way
 };
 
 std::map<uintptr_t, buffer> buffers;
 std::map<uintptr_t, size_t> managed;
 std::string fault;
-int order = 0;
+int order = 0, completion = 0;
 std::mt19937 random_source;
 
 std::vector<fiber> fibers;
@@ -113,7 +125,11 @@ void wait_as(state where)
 void enter()
 {
     (*body)();
-    static_cast<fiber *>(self)->where = state::ended;
+    fiber *me = static_cast<fiber *>(self);
+    bool under_way = !me->open_copies.empty();
+    for (const auto &group : me->committed) under_way = under_way || !group.empty();
+    if (under_way) stop("ends with an asynchronous copy that it has not waited for");
+    me->where = state::ended;
     leave();
 }
 
@@ -207,6 +223,8 @@ void run_block(int64_t block, int threads)
         f.index = t;
         f.block = block;
         f.where = state::ready;
+        f.open_copies.clear();
+        f.committed.clear();
         getcontext(&f.start);
         f.start.uc_stack.ss_sp = stacks + (size_t)t * STACK_BYTES;
         f.start.uc_stack.ss_size = STACK_BYTES;
@@ -281,12 +299,72 @@ unsigned char *shared_base()
     return shared_start;
 }
 
+static void check_range(const void *p, size_t bytes, access kind);
+
+static bool completes_early()
+{
+    return completion == 0 || (completion == 2 && random_source() % 2 == 0);
+}
+
+static void move_data(pending_copy &copy)
+{
+    std::memcpy(copy.target, copy.source, copy.source_bytes);
+    std::memset(copy.target + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+    copy.moved = true;
+}
+
+void async_copy(void *shared, const void *source, int bytes, int source_bytes)
+{
+    fiber *me = static_cast<fiber *>(self);
+    const size_t size = (size_t)bytes;
+    if (source_bytes < 0 || source_bytes > bytes)
+        stop("asynchronous copy of %d of %d bytes", source_bytes, bytes);
+    if ((uintptr_t)source % size != 0)
+        stop("asynchronous copy of %d bytes from a multiple of %zu only", bytes,
+             (uintptr_t)source & -(uintptr_t)source);
+    if (source_bytes > 0) check_range(source, (size_t)source_bytes, access::read);
+    check_shared(shared, size, access::write);
+    const size_t offset = (size_t)((unsigned char *)shared - shared_start);
+    for (size_t i = 0; i < size; i++) shared_record[offset + i].copier = me->index;
+    pending_copy copy = {(unsigned char *)shared, (const unsigned char *)source, size,
+                         (size_t)source_bytes, false};
+    if (completes_early()) move_data(copy);
+    me->open_copies.push_back(copy);
+}
+
+void async_commit()
+{
+    fiber *me = static_cast<fiber *>(self);
+    me->committed.push_back(std::move(me->open_copies));
+    me->open_copies.clear();
+}
+
+void async_wait(int groups_left)
+{
+    fiber *me = static_cast<fiber *>(self);
+    while (me->committed.size() > (size_t)groups_left) {
+        for (pending_copy &copy : me->committed.front()) {
+            if (!copy.moved) move_data(copy);
+            const size_t offset = (size_t)(copy.target - shared_start);
+            for (size_t i = 0; i < copy.bytes; i++) shared_record[offset + i].copier = NO_THREAD;
+            check_shared(copy.target, copy.bytes, access::write); // written now, by this thread
+        }
+        me->committed.pop_front();
+    }
+}
+
 void check_global(const void *p, size_t bytes, access kind)
+{
+    if ((uintptr_t)p % bytes != 0)
+        stop("%s of %zu bytes at a multiple of %zu only", kind == access::write ? "write" : "read",
+             bytes, (uintptr_t)p & -(uintptr_t)p);
+    check_range(p, bytes, kind);
+}
+
+static void check_range(const void *p, size_t bytes, access kind)
 {
     uintptr_t address = (uintptr_t)p;
     const char *verb = kind == access::write ? "write" : "read";
-    if (address % bytes != 0)
-        stop("%s of %zu bytes at a multiple of %zu only", verb, bytes, address & -address);
     auto after = buffers.upper_bound(address);
     if (after == buffers.begin()) stop("%s of %zu bytes outside every buffer", verb, bytes);
     auto &[start, found] = *std::prev(after);
@@ -350,6 +428,9 @@ void check_shared(const void *p, size_t bytes, access kind)
     for (size_t i = 0; i < bytes; i++) {
         shared_byte &byte = shared_record[address - base + i];
         const size_t offset = address - base + i;
+        if (byte.copier != NO_THREAD)
+            stop("shared byte %zu: %s before the wait for the asynchronous copy of thread %d",
+                 offset, verb, byte.copier);
         if (byte.writer != NO_THREAD && byte.writer != me &&
             byte.write_block_epoch == block_epoch &&
             !(byte.writer / 32 == warp && byte.write_warp_epoch < warp_now))
@@ -446,7 +527,13 @@ void hb_host_reset(int order, uint32_t seed)
     for (auto [start, bytes] : hb_host::managed) hb_host::buffers[start] = {bytes, true, {}};
     hb_host::fault.clear();
     hb_host::order = order;
+    hb_host::completion = order;
     hb_host::random_source.seed(seed);
+}
+
+void hb_host_async(int completion)
+{
+    hb_host::completion = completion;
 }
 
 void hb_host_register(const void *start, int64_t bytes, int writable)
