@@ -16,7 +16,7 @@ enum {
 
 static hb_view view_of(void *data, hb_dtype dtype, int64_t rows, int64_t cols)
 {
-    hb_view view = {.data = data, .dtype = dtype, .device = {HB_CPU, 0}, .ndim = 2};
+    hb_view view = {.data = data, .dtype = dtype, .device = {HB_CPU, 0, NULL}, .ndim = 2};
     view.shape[0] = rows, view.shape[1] = cols, view.stride[0] = cols, view.stride[1] = 1;
     return view;
 }
@@ -108,20 +108,20 @@ static void bench_linear4(setup *s, hb_compute compute)
                         s->weight_bytes + s->n_scales, operations)
             {
                 hb_tensor4 w = nested4_of(s, b.copy);
-                (void)hb_linear_4bit(c->context, &x, &w, NULL, compute, &y, &error);
+                (void)hb_linear_4bit(c->context, &x, &w, NULL, compute, &y, NULL, &error);
             }
         CHECK_BENCH(c, b, title("linear_4bit nf4 %d rows %s cold", m, hb_dtype_name(io)), bytes,
                     operations)
         {
             hb_tensor4 w = tensor4_of(s, b.copy);
-            (void)hb_linear_4bit(c->context, &x, &w, NULL, compute, &y, &error);
+            (void)hb_linear_4bit(c->context, &x, &w, NULL, compute, &y, NULL, &error);
         }
         if (m != 1 && m != MAX_ROWS) continue;
         CHECK_BENCH(c, b, title("linear_4bit_grad nf4 %d rows %s cold", m, hb_dtype_name(io)),
                     bytes, operations)
         {
             hb_tensor4 w = tensor4_of(s, b.copy);
-            (void)hb_linear_4bit_grad_input(c->context, &x, &w, compute, &y, &error);
+            (void)hb_linear_4bit_grad_input(c->context, &x, &w, compute, &y, NULL, &error);
         }
     }
 }
@@ -183,18 +183,18 @@ BENCH_GROUP(ops_8bit)
                         c->context, &x,
                         (const int8_t *)s.weights + b.copy % s.n_copies * s.weight_bytes, s.scales,
                         SIZE, SIZE, NULL, kind == 2 ? HB_INT8_EXACT : HB_INT8_DYNAMIC,
-                        kind == 1 ? 4.0f : 0.0f, &y, &error);
+                        kind == 1 ? 4.0f : 0.0f, &y, NULL, &error);
                 }
                 CHECK_BENCH(c, b, title("matmul_int8 %d rows%s cold", m, ""), bytes, operations)
-                (void)hb_matmul_int8(c->context, (const int8_t *)s.weights,
-                                     (const int8_t *)s.weights +
-                                         b.copy % s.n_copies * s.weight_bytes,
-                                     m, SIZE, SIZE, sums, &error);
+                (void)hb_matmul_int8(
+                    c->context, &(hb_device){.type = HB_CPU}, (const int8_t *)s.weights,
+                    (const int8_t *)s.weights + b.copy % s.n_copies * s.weight_bytes, m, SIZE, SIZE,
+                    sums, &error);
                 if (m == MAX_ROWS)
                     CHECK_BENCH(c, b, title("linear_8bit_grad %d rows%s cold", m, ""), bytes,
                                 operations)
                 (void)hb_linear_8bit_grad_input(c->context, &x, (const int8_t *)s.weights, s.scales,
-                                                SIZE, SIZE, &y, &error);
+                                                SIZE, SIZE, &y, NULL, &error);
             }
             hb_view rows = view_of(s.x, HB_F32, MAX_ROWS, SIZE);
             const double read = (double)MAX_ROWS * SIZE * 4;
@@ -253,7 +253,8 @@ static void bench_adam(check *c, bool state_is_8bit, hb_dtype dtype)
             N * (double)(3 * bytes + 4 * state_bytes), 0)
         {
             tensor.step++;
-            (void)hb_optimizer_step(c->context, HB_ADAM, &tensor, 1, &settings, map1, map2, &error);
+            (void)hb_optimizer_step(c->context, &(hb_device){.type = HB_CPU}, HB_ADAM, &tensor, 1,
+                                    &settings, map1, map2, NULL, &error);
         }
     }
     free(values), free(absmax), free(p), free(g), free(m), free(v);

@@ -12,6 +12,7 @@
 // are decoded one by one into the same panels.
 #include "core/matrix.h"
 #include "core/ops.h"
+#include "core/ops_cuda.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -436,7 +437,8 @@ static void prepare(product *p, hb_context *context, const hb_tensor4 *w, hb_com
 }
 
 hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4 *w,
-                         const hb_view *bias, hb_compute compute, const hb_view *y, hb_error *error)
+                         const hb_view *bias, hb_compute compute, const hb_view *y, void *workspace,
+                         hb_error *error)
 {
     static const char function[] = "linear_4bit";
     HB_TRY(check_weight(w, function, error));
@@ -449,18 +451,23 @@ hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4
                  " elements",
                  w->rows, bias->ndim, hb_view_numel(bias));
     }
+    if (x->device.type == HB_CUDA)
+        return hb_linear_4bit_cuda(function, x, w, bias, false, y, workspace, error);
     product p = {.backward = false};
     prepare(&p, context, w, compute, x, y);
     return run_product(&p, bias, function, error);
 }
 
 hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, const hb_tensor4 *w,
-                                    hb_compute compute, const hb_view *dx, hb_error *error)
+                                    hb_compute compute, const hb_view *dx, void *workspace,
+                                    hb_error *error)
 {
     static const char function[] = "linear_4bit_grad_input";
     HB_TRY(check_weight(w, function, error));
     HB_TRY(hb_matrix_check_views(dy, w->rows, "dy", "columns", dx, w->depth, "dx", "depth",
                                  function, error));
+    if (dy->device.type == HB_CUDA)
+        return hb_linear_4bit_cuda(function, dy, w, NULL, true, dx, workspace, error);
     product p = {.backward = true};
     prepare(&p, context, w, compute, dy, dx);
     return run_product(&p, NULL, function, error);

@@ -13,6 +13,7 @@
 // layout, then a part per lane.
 #include "core/matrix.h"
 #include "core/ops.h"
+#include "core/ops_cuda.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -541,8 +542,9 @@ static hb_status check_weight(const int8_t *codes, const float *scale, int64_t r
     return HB_OK;
 }
 
-hb_status hb_matmul_int8(hb_context *context, const int8_t *a, const int8_t *b, int64_t m,
-                         int64_t n, int64_t depth, int32_t *c, hb_error *error)
+hb_status hb_matmul_int8(hb_context *context, const hb_device *device, const int8_t *a,
+                         const int8_t *b, int64_t m, int64_t n, int64_t depth, int32_t *c,
+                         hb_error *error)
 {
     HB_CHECK(error, m >= 0 && n >= 0 && depth >= 0, HB_ERR_VALUE,
              "matmul_int8: sizes, expected none negative, got %" PRId64 ", %" PRId64 ", %" PRId64,
@@ -550,6 +552,7 @@ hb_status hb_matmul_int8(hb_context *context, const int8_t *a, const int8_t *b, 
     HB_CHECK(error, depth <= HB_INT8_MAX_DEPTH, HB_ERR_VALUE,
              "matmul_int8: depth, expected at most %d (sums must fit in int32), got %" PRId64,
              HB_INT8_MAX_DEPTH, depth);
+    if (device->type == HB_CUDA) return hb_matmul_int8_cuda(device, a, b, m, n, depth, c, error);
     product p = {.kernels = &context->kernels,
                  .pool = context->pool,
                  .codes = b,
@@ -580,15 +583,21 @@ static product product_of(hb_context *context, const hb_view *x, const int8_t *c
     return p;
 }
 
-// bias as float32: in place, or copied to *memory (to be freed).
-static hb_status bias_f32(const hb_view *bias, int64_t rows, const float **out, float **memory,
-                          hb_error *error)
+static hb_status check_bias(const hb_view *bias, int64_t rows, hb_error *error)
 {
     HB_TRY(hb_matrix_check_view(bias, "linear_8bit", "bias", error));
     HB_CHECK(error, bias->ndim == 1 && bias->shape[0] == rows, HB_ERR_VALUE,
              "linear_8bit: bias, expected shape [%" PRId64 "], got %d dimensions of %" PRId64
              " elements",
              rows, bias->ndim, hb_view_numel(bias));
+    return HB_OK;
+}
+
+// bias as float32: in place, or copied to *memory (to be freed).
+static hb_status bias_f32(const hb_view *bias, int64_t rows, const float **out, float **memory,
+                          hb_error *error)
+{
+    HB_TRY(check_bias(bias, rows, error));
     *out = bias->data;
     if (rows == 0 || (bias->dtype == HB_F32 && (bias->stride[0] == 1 || rows == 1))) return HB_OK;
     *memory = malloc((size_t)rows * sizeof **memory);
@@ -601,7 +610,8 @@ static hb_status bias_f32(const hb_view *bias, int64_t rows, const float **out, 
 
 hb_status hb_linear_8bit(hb_context *context, const hb_view *x, const int8_t *codes,
                          const float *scale, int64_t rows, int64_t depth, const hb_view *bias,
-                         hb_int8_mode mode, float threshold, const hb_view *y, hb_error *error)
+                         hb_int8_mode mode, float threshold, const hb_view *y, void *workspace,
+                         hb_error *error)
 {
     static const char function[] = "linear_8bit";
     HB_TRY(check_weight(codes, scale, rows, depth, function, error));
@@ -612,6 +622,11 @@ hb_status hb_linear_8bit(hb_context *context, const hb_view *x, const int8_t *co
     HB_CHECK(error, mode == HB_INT8_EXACT || depth <= HB_INT8_MAX_DEPTH, HB_ERR_VALUE,
              "linear_8bit: depth, expected at most %d in dynamic mode, got %" PRId64,
              HB_INT8_MAX_DEPTH, depth);
+    if (x->device.type == HB_CUDA) {
+        if (bias != NULL) HB_TRY(check_bias(bias, rows, error));
+        return hb_linear_8bit_cuda(function, x, codes, scale, rows, depth, bias, mode, threshold,
+                                   false, y, workspace, error);
+    }
     product p = product_of(context, x, codes, scale, rows, depth, y);
     float *memory = NULL;
     if (bias != NULL) HB_TRY(bias_f32(bias, rows, &p.bias, &memory, error));
@@ -631,12 +646,15 @@ hb_status hb_linear_8bit(hb_context *context, const hb_view *x, const int8_t *co
 
 hb_status hb_linear_8bit_grad_input(hb_context *context, const hb_view *dy, const int8_t *codes,
                                     const float *scale, int64_t rows, int64_t depth,
-                                    const hb_view *dx, hb_error *error)
+                                    const hb_view *dx, void *workspace, hb_error *error)
 {
     static const char function[] = "linear_8bit_grad_input";
     HB_TRY(check_weight(codes, scale, rows, depth, function, error));
     HB_TRY(hb_matrix_check_views(dy, rows, "dy", "columns", dx, depth, "dx", "depth", function,
                                  error));
+    if (dy->device.type == HB_CUDA)
+        return hb_linear_8bit_cuda(function, dy, codes, scale, rows, depth, NULL, HB_INT8_EXACT,
+                                   0.0f, true, dx, workspace, error);
     product p = product_of(context, dy, codes, scale, rows, depth, dx);
     p.backward = true;
     return p.x_rows == 0 || p.outputs == 0 ? HB_OK : run_panels(&p, function, error);

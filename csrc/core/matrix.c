@@ -73,9 +73,11 @@ void hb_matrix_finish(const hb_kernels_linear4 *kernels, const hb_matrix *y, int
 hb_status hb_matrix_check_view(const hb_view *view, const char *function, const char *name,
                                hb_error *error)
 {
-    HB_CHECK(error, view->device.type == HB_CPU, HB_ERR_DEVICE,
-             "%s: %s, expected memory of the CPU, got device type %d", function, name,
+    HB_CHECK(error, view->device.type == HB_CPU || view->device.type == HB_CUDA, HB_ERR_DEVICE,
+             "%s: %s, expected memory of the CPU or CUDA, got device type %d", function, name,
              (int)view->device.type);
+    HB_CHECK(error, view->device.type == HB_CPU || hb_view_is_contiguous(view), HB_ERR_VALUE,
+             "%s: %s, expected contiguous memory on CUDA, got strides", function, name);
     HB_CHECK(error, hb_dtype_is_io(view->dtype), HB_ERR_TYPE,
              "%s: %s, expected float32, bfloat16 or float16, got %s", function, name,
              hb_dtype_name(view->dtype));
@@ -91,6 +93,8 @@ hb_status hb_matrix_check_views(const hb_view *x, int64_t x_cols, const char *x_
 {
     HB_TRY(hb_matrix_check_view(x, function, x_name, error));
     HB_TRY(hb_matrix_check_view(y, function, y_name, error));
+    HB_CHECK(error, hb_device_is_same(x->device, y->device), HB_ERR_DEVICE,
+             "%s: %s, expected the device of %s, got another", function, y_name, x_name);
     HB_CHECK(error, !y->readonly, HB_ERR_BUFFER, "%s: %s, expected writable memory, got read-only",
              function, y_name);
     HB_CHECK(error, x->shape[x->ndim - 1] == x_cols, HB_ERR_VALUE,

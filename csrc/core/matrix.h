@@ -27,7 +27,7 @@ void hb_matrix_gather_row(const hb_matrix *m, int64_t row, void *target);
 void hb_matrix_finish(const hb_kernels_linear4 *kernels, const hb_matrix *y, int64_t row,
                       int64_t begin, int64_t n, const float *sums, const float *bias);
 
-// `name` is an io dtype on the CPU with at least one dimension.
+// `name` is an io dtype with at least one dimension, contiguous unless on the CPU.
 hb_status hb_matrix_check_view(const hb_view *view, const char *function, const char *name,
                                hb_error *error);
 // The same for x and y; y is writable; they have x_cols and y_cols columns (called x_size and

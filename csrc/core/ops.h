@@ -3,6 +3,12 @@
 // Python.
 //
 // x, y, dx, dy are views with any strides. Flat arrays (codes, absmax, ...) are contiguous.
+//
+// On CUDA the views are contiguous, and every array of a call, also those given as plain pointers,
+// is memory of the device that x (out, dy; `device` where there is no view) names. The call starts
+// kernels on that view's stream and returns without waiting for them; nothing is read on the host,
+// so that values are not checked (maps). ops_cuda.h says which calls need a workspace.
+//
 // bitsandbytes layout: codes of the row-major flattened tensor, two per byte, even index in the
 // high nibble; block b covers elements [b*blocksize, (b+1)*blocksize), across row ends where depth
 // is no multiple of blocksize; the last block may be shorter.
@@ -44,7 +50,9 @@ typedef struct {
     const float *nested_absmax; // [ceil(n_blocks / nested_blocksize)]
     const float *nested_map;    // [256]
     float nested_offset;
+    const float *nested_offset_at; // CUDA: [1] in device memory, in place of the value; or NULL
     int64_t nested_blocksize;
+    hb_device device; // of all of them; its stream is nobody's
 } hb_tensor4;
 
 // x: any shape, float32/bfloat16/float16. packed [(n + 1) / 2], absmax [ceil(n / blocksize)].
@@ -58,10 +66,11 @@ hb_status hb_dequantize_4bit(hb_context *context, const hb_tensor4 *w, int64_t s
                              const hb_view *out, hb_error *error);
 // Double quantization of n absmax values: offset = mean; codes and nested_absmax [ceil(n / 256)] of
 // absmax - offset with the signed dynamic map, block size `nested_blocksize`.
-hb_status hb_nest_absmax(hb_context *context, const float *absmax, int64_t n,
-                         int64_t nested_blocksize, uint8_t *codes, float *nested_absmax,
-                         float *offset, hb_error *error);
-// Scales of blocks [first, first + n) as float32, whatever their storage.
+// `map` is that map. On CUDA it and offset [1] are device memory, too.
+hb_status hb_nest_absmax(hb_context *context, const hb_device *device, const float *absmax,
+                         int64_t n, int64_t nested_blocksize, const float *map, uint8_t *codes,
+                         float *nested_absmax, float *offset, void *workspace, hb_error *error);
+// Scales of blocks [first, first + n) as float32, whatever their storage. Memory of the CPU.
 void hb_expand_absmax(const hb_context *context, const hb_tensor4 *w, int64_t first, int64_t n,
                       float *absmax);
 
@@ -69,15 +78,18 @@ void hb_expand_absmax(const hb_context *context, const hb_tensor4 *w, int64_t fi
 
 // How products are formed. FLOAT32: x and codebook in float32, float32 accumulation. BFLOAT16: x
 // and codebook entries rounded to bfloat16 (what a bfloat16 dense layer would see), float32 sums.
+// On CUDA the dtype of x decides instead: FLOAT32 for float32, and for the 16-bit dtypes as
+// BFLOAT16 says, rounded to that dtype.
 typedef enum { HB_COMPUTE_F32 = 0, HB_COMPUTE_BF16 = 1 } hb_compute;
 
 // x [..., depth], y [..., rows] of the same leading shape; bias [rows] or NULL, any io dtype each.
 hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4 *w,
-                         const hb_view *bias, hb_compute compute, const hb_view *y,
+                         const hb_view *bias, hb_compute compute, const hb_view *y, void *workspace,
                          hb_error *error);
 // dx = dy W: dy [..., rows], dx [..., depth].
 hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, const hb_tensor4 *w,
-                                    hb_compute compute, const hb_view *dx, hb_error *error);
+                                    hb_compute compute, const hb_view *dx, void *workspace,
+                                    hb_error *error);
 
 // ---- 8-bit block-wise with a 256-entry map (ops_8bit.c) ---------------------------------------
 
@@ -115,8 +127,9 @@ hb_status hb_quantize_rows_int8(hb_context *context, const hb_view *x, float thr
 hb_status hb_dequantize_rows_int8(hb_context *context, const int8_t *codes, const float *scale,
                                   const hb_view *out, hb_error *error);
 // c[m, n] = sum_k a[m, k] b[n, k], exact int32 (depth <= 131072 checked).
-hb_status hb_matmul_int8(hb_context *context, const int8_t *a, const int8_t *b, int64_t m,
-                         int64_t n, int64_t depth, int32_t *c, hb_error *error);
+hb_status hb_matmul_int8(hb_context *context, const hb_device *device, const int8_t *a,
+                         const int8_t *b, int64_t m, int64_t n, int64_t depth, int32_t *c,
+                         hb_error *error);
 
 typedef enum { HB_INT8_DYNAMIC = 0, HB_INT8_EXACT = 1 } hb_int8_mode;
 
@@ -125,10 +138,11 @@ typedef enum { HB_INT8_DYNAMIC = 0, HB_INT8_EXACT = 1 } hb_int8_mode;
 // dequantized weight. float32 epilogue, rounded once to y's dtype.
 hb_status hb_linear_8bit(hb_context *context, const hb_view *x, const int8_t *codes,
                          const float *scale, int64_t rows, int64_t depth, const hb_view *bias,
-                         hb_int8_mode mode, float threshold, const hb_view *y, hb_error *error);
+                         hb_int8_mode mode, float threshold, const hb_view *y, void *workspace,
+                         hb_error *error);
 hb_status hb_linear_8bit_grad_input(hb_context *context, const hb_view *dy, const int8_t *codes,
                                     const float *scale, int64_t rows, int64_t depth,
-                                    const hb_view *dx, hb_error *error);
+                                    const hb_view *dx, void *workspace, hb_error *error);
 
 // ---- optimizer steps (ops_optim.c) ------------------------------------------------------------
 
@@ -136,9 +150,9 @@ hb_status hb_linear_8bit_grad_input(hb_context *context, const hb_view *dy, cons
 // needed when some state is 8-bit. With 8-bit states an element whose gradient is not finite is
 // left alone and its states are set to zero; with float32 states NaN and infinity propagate. Weight
 // decay is decoupled (AdamW) for Adam, AdEMAMix and Lion, and added to the gradient for the others.
-hb_status hb_optimizer_step(hb_context *context, hb_optimizer optimizer,
+hb_status hb_optimizer_step(hb_context *context, const hb_device *device, hb_optimizer optimizer,
                             const hb_optim_tensor *tensors, int64_t count,
                             const hb_optim_settings *settings, const float *map1, const float *map2,
-                            hb_error *error);
+                            void *workspace, hb_error *error);
 
 #endif

@@ -8,6 +8,7 @@
 // the one of 19 candidates absmax * f, f = 0.70, 0.72, ..., 1.06, with the least squared error of
 // the block (kernels_codec.h fixes the order of summation; f = 1 wins ties). A searched scale below
 // absmax clips the largest elements to the end codes; any reader of the layout decodes it.
+#include "core/ops_cuda.h"
 #include "core/pieces.h"
 
 static const float search_factors[] = {1.00f, 0.70f, 0.72f, 0.74f, 0.76f, 0.78f, 0.80f,
@@ -80,6 +81,8 @@ hb_status hb_quantize_4bit(hb_context *context, const hb_view *x, hb_format4 for
              (long long)blocksize);
     HB_CHECK(error, scales == HB_SCALES_ABSMAX || scales == HB_SCALES_SEARCH, HB_ERR_VALUE,
              "quantize_4bit: scales is %d, expected 0 (absmax) or 1 (search)", (int)scales);
+    if (x->device.type == HB_CUDA)
+        return hb_quantize_4bit_cuda(x, format, blocksize, scales, packed, absmax, error);
     quantize_job job = {&context->kernels.codec,
                         x,
                         hb_view_is_contiguous(x),
@@ -144,6 +147,7 @@ hb_status hb_dequantize_4bit(hb_context *context, const hb_tensor4 *w, int64_t s
     HB_CHECK(error, start >= 0 && start <= w->numel && n <= w->numel - start, HB_ERR_VALUE,
              "dequantize_4bit: out covers elements %lld to %lld, expected within the tensor's %lld",
              (long long)start, (long long)(start + n), (long long)w->numel);
+    if (out->device.type == HB_CUDA) return hb_dequantize_4bit_cuda(w, start, out, error);
     bool contiguous = hb_view_is_contiguous(out);
     bool stream = contiguous && hb_wants_streaming(n * (int64_t)hb_dtype_bytes(out->dtype));
     dequantize_job job = {context, w, start, n, out, contiguous, stream};
@@ -176,20 +180,21 @@ static void nest_blocks(void *arg, int64_t begin, int64_t end, int lane)
     }
 }
 
-hb_status hb_nest_absmax(hb_context *context, const float *absmax, int64_t n,
-                         int64_t nested_blocksize, uint8_t *codes, float *nested_absmax,
-                         float *offset, hb_error *error)
+hb_status hb_nest_absmax(hb_context *context, const hb_device *device, const float *absmax,
+                         int64_t n, int64_t nested_blocksize, const float *map, uint8_t *codes,
+                         float *nested_absmax, float *offset, void *workspace, hb_error *error)
 {
     HB_CHECK(error, nested_blocksize >= 1 && nested_blocksize <= HB_PIECE, HB_ERR_VALUE,
              "nest_absmax: nested_blocksize is %lld, expected 1 to %d", (long long)nested_blocksize,
              (int)HB_PIECE);
+    if (device->type == HB_CUDA)
+        return hb_nest_absmax_cuda(device, absmax, n, nested_blocksize, map, codes, nested_absmax,
+                                   offset, workspace, error);
     // The mean in float64, in an order that does not depend on threads, rounded once.
     double sum[8] = {0};
     for (int64_t i = 0; i < n; i++) sum[i % 8] += (double)absmax[i];
     double total =
         ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-    float map[256];
-    hb_map8_fill(HB_MAP_DYNAMIC, map);
     nest_job job = {.codec = &context->kernels.codec,
                     .absmax = absmax,
                     .n = n,

@@ -5,6 +5,7 @@
 //
 // Source: arXiv:2110.02861 §2. Accuracy: exact nearest entry of x * (1 / absmax), see maps8.c; the
 // same for every thread count and ISA.
+#include "core/ops_cuda.h"
 #include "core/pieces.h"
 
 typedef struct {
@@ -82,10 +83,12 @@ hb_status hb_quantize_8bit(hb_context *context, const hb_view *x, const float *m
     HB_TRY(hb_check_view(error, "quantize_8bit", "x", x, false));
     HB_CHECK(error, blocksize >= 1, HB_ERR_VALUE,
              "quantize_8bit: blocksize is %lld, expected at least 1", (long long)blocksize);
-    HB_TRY(hb_check_map8(error, "quantize_8bit", map));
+    if (x->device.type == HB_CPU) HB_TRY(hb_check_map8(error, "quantize_8bit", map));
     int64_t n = hb_view_numel(x);
     if (n == 0) return HB_OK;
     blocksize = hb_min_i64(blocksize, n); // the only block is as long as x: products stay in range
+    if (x->device.type == HB_CUDA)
+        return hb_quantize_8bit_cuda(x, map, blocksize, codes, absmax, error);
     quantize_job job = {.codec = &context->kernels.codec,
                         .x = x,
                         .contiguous = hb_view_is_contiguous(x),
@@ -140,6 +143,9 @@ hb_status hb_dequantize_8bit(hb_context *context, const uint8_t *codes, const fl
     HB_CHECK(error, blocksize >= 1, HB_ERR_VALUE,
              "dequantize_8bit: blocksize is %lld, expected at least 1", (long long)blocksize);
     int64_t n = hb_view_numel(out);
+    if (out->device.type == HB_CUDA)
+        return hb_dequantize_8bit_cuda(codes, absmax, map,
+                                       hb_min_i64(blocksize, n > 0 ? n : blocksize), out, error);
     bool contiguous = hb_view_is_contiguous(out);
     bool stream = contiguous && hb_wants_streaming(n * (int64_t)hb_dtype_bytes(out->dtype));
     dequantize_job job = {

@@ -5,6 +5,7 @@
 //
 // Source: arXiv:2208.07339. Formula and layout: cpu/ref/int8.c. A matrix is a view whose leading
 // dimensions are flattened; rows of any length, rows that hold NaN get scale NaN and codes 0.
+#include "core/ops_cuda.h"
 #include "core/pieces.h"
 
 typedef struct {
@@ -102,6 +103,9 @@ hb_status hb_quantize_rows_int8(hb_context *context, const hb_view *x, float thr
                         .scale = scale,
                         .outlier_columns = outlier_columns};
     matrix_shape(x, &job.rows, &job.depth);
+    if (x->device.type == HB_CUDA)
+        return hb_quantize_rows_int8_cuda(x, job.rows, job.depth, threshold, codes, scale,
+                                          outlier_columns, error);
     if (outlier_columns != NULL && job.depth > 0) memset(outlier_columns, 0, (size_t)job.depth);
     if (threshold > 0.0f) {
         hb_parallel_for(context->pool, hb_ceil_div(job.depth, HB_PIECE), mark_columns, &job);
@@ -151,6 +155,8 @@ hb_status hb_dequantize_rows_int8(hb_context *context, const int8_t *codes, cons
                           .out = out,
                           .contiguous = hb_view_is_contiguous(out)};
     matrix_shape(out, &job.rows, &job.depth);
+    if (out->device.type == HB_CUDA)
+        return hb_dequantize_rows_int8_cuda(codes, scale, job.rows, job.depth, out, error);
     hb_parallel_for(context->pool, hb_ceil_div(job.rows, rows_per_chunk(job.depth)),
                     dequantize_chunks, &job);
     return HB_OK;

@@ -10,6 +10,7 @@
 // With max_unorm, a first pass sums the squares of every piece's update, and the sums are added in
 // the order of the pieces: the result does not depend on the threads.
 #include "core/ops.h"
+#include "core/ops_cuda.h"
 #include "core/pieces.h"
 
 #include <math.h>
@@ -312,10 +313,10 @@ static hb_status check_tensor(hb_error *error, hb_optimizer optimizer, const hb_
     return HB_OK;
 }
 
-hb_status hb_optimizer_step(hb_context *context, hb_optimizer optimizer,
+hb_status hb_optimizer_step(hb_context *context, const hb_device *device, hb_optimizer optimizer,
                             const hb_optim_tensor *tensors, int64_t count,
                             const hb_optim_settings *settings, const float *map1, const float *map2,
-                            hb_error *error)
+                            void *workspace, hb_error *error)
 {
     HB_CHECK(error, (unsigned)optimizer < HB_OPTIMIZER_COUNT, HB_ERR_VALUE,
              "optimizer_step: optimizer is %d, expected 0 to %d", (int)optimizer,
@@ -327,6 +328,9 @@ hb_status hb_optimizer_step(hb_context *context, hb_optimizer optimizer,
     for (int64_t i = 0; i < count; i++)
         HB_TRY(check_tensor(error, optimizer, &tensors[i], i, map1, map2));
     if (count == 0) return HB_OK;
+    if (device->type == HB_CUDA)
+        return hb_optimizer_step_cuda(device, optimizer, tensors, count, settings, map1, map2,
+                                      workspace, error);
     step_job job = {.kernels = &context->kernels,
                     .optimizer = optimizer,
                     .tensors = tensors,

@@ -20,9 +20,11 @@ hb_status hb_check_view(hb_error *error, const char *function, const char *argum
     HB_CHECK(error, hb_dtype_is_io(view->dtype), HB_ERR_TYPE,
              "%s: %s has dtype %s, expected float32, bfloat16 or float16", function, argument,
              hb_dtype_name(view->dtype));
-    HB_CHECK(error, view->device.type == HB_CPU, HB_ERR_DEVICE,
-             "%s: %s is on device type %d, expected the CPU", function, argument,
+    HB_CHECK(error, view->device.type == HB_CPU || view->device.type == HB_CUDA, HB_ERR_DEVICE,
+             "%s: %s is on device type %d, expected the CPU or CUDA", function, argument,
              (int)view->device.type);
+    HB_CHECK(error, view->device.type == HB_CPU || hb_view_is_contiguous(view), HB_ERR_VALUE,
+             "%s: %s is strided, expected contiguous memory on CUDA", function, argument);
     HB_CHECK(error, !written || !view->readonly, HB_ERR_BUFFER,
              "%s: %s is read-only, expected a writable array", function, argument);
     HB_CHECK(error, view->data != NULL || hb_view_numel(view) == 0, HB_ERR_BUFFER,

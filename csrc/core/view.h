@@ -8,10 +8,17 @@
 
 typedef enum { HB_CPU = 1, HB_CUDA = 2 } hb_device_type; // DLPack's numbers
 
+// Where memory lies, and for a call the stream that its work goes to: the caller's current one.
 typedef struct {
     hb_device_type type;
     int32_t index;
+    void *stream; // cudaStream_t; NULL is the legacy default stream, and what memory of the CPU has
 } hb_device;
+
+static inline bool hb_device_is_same(hb_device a, hb_device b)
+{
+    return a.type == b.type && a.index == b.index;
+}
 
 // data points at the first element (byte offsets already added); it may be NULL when there are no
 // elements. Strides count elements and may be zero or negative.

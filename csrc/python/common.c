@@ -45,40 +45,56 @@ int hb_check_shape(const char *function, PyObject *shape, const hb_array *array)
 }
 
 int hb_bias_get(hb_state *state, PyObject *object, const char *function, int64_t rows,
-                unsigned take, hb_array *array)
+                const hb_device *device, unsigned take, hb_array *array)
 {
     if (hb_array_get(state, object, function, "bias", HB_TAKE_IO | take, array) < 0) return -1;
-    if (array->view.ndim == 1 && array->view.shape[0] == rows) return 0;
-    char got[120];
-    hb_shape_text(array->view.shape, array->view.ndim, got, sizeof got);
-    PyErr_Format(PyExc_ValueError, "%s: bias, expected shape (%lld,), got %s", function,
-                 (long long)rows, got);
+    if (array->view.ndim == 1 && array->view.shape[0] == rows) {
+        if (hb_check_device(function, "bias", array, device) == 0) return 0;
+    } else {
+        char got[120];
+        hb_shape_text(array->view.shape, array->view.ndim, got, sizeof got);
+        PyErr_Format(PyExc_ValueError, "%s: bias, expected shape (%lld,), got %s", function,
+                     (long long)rows, got);
+    }
     hb_array_release(array);
     return -1;
 }
 
-int hb_map8_get(hb_state *state, PyObject *object, const char *function, unsigned take,
-                hb_array *array, const float **map)
+int hb_map8_known(hb_state *state, const char *function, hb_map8 which, const hb_origin *origin,
+                  hb_array *array, const float **map)
+{
+    *array = (hb_array){.view = {.data = state->maps[which],
+                                 .dtype = HB_F32,
+                                 .device = {.type = HB_CPU},
+                                 .ndim = 1,
+                                 .shape = {256},
+                                 .stride = {1}}};
+    *map = state->maps[which];
+    if (origin->device.type == HB_CPU) return 0;
+    if (hb_table_move(state, function, "map", origin, array) < 0) return -1;
+    *map = array->view.data;
+    return 0;
+}
+
+int hb_map8_get(hb_state *state, PyObject *object, const char *function, const char *name,
+                unsigned take, const hb_origin *origin, hb_array *array, const float **map)
 {
     array->owner = NULL;
     if (PyUnicode_Check(object)) {
-        const char *name = PyUnicode_AsUTF8(object);
-        if (name == NULL) return -1;
-        int which = hb_map8_from_name(name);
-        if (which < 0) {
-            PyErr_Format(PyExc_ValueError,
-                         "%s: map, expected 'dynamic', 'dynamic_unsigned', 'linear', 'fp8_e4m3', "
-                         "'fp8_e5m2', 'normal' or float32 [256], got %R",
-                         function, object);
-            return -1;
-        }
-        array->api = NULL;
-        *map = state->maps[which];
-        return 0;
-    }
-    if (hb_array_get(state, object, function, "map", HB_TAKE_F32 | HB_TAKE_FLAT | take, array) < 0)
+        const char *text = PyUnicode_AsUTF8(object);
+        if (text == NULL) return -1;
+        int which = hb_map8_from_name(text);
+        if (which >= 0) return hb_map8_known(state, function, (hb_map8)which, origin, array, map);
+        PyErr_Format(PyExc_ValueError,
+                     "%s: %s, expected 'dynamic', 'dynamic_unsigned', 'linear', 'fp8_e4m3', "
+                     "'fp8_e5m2', 'normal' or float32 [256], got %R",
+                     function, name, object);
         return -1;
-    if (hb_check_numel(function, "map", array, 256) < 0) {
+    }
+    if (hb_array_get(state, object, function, name, HB_TAKE_F32 | HB_TAKE_FLAT | take, array) < 0)
+        return -1;
+    if (hb_check_numel(function, name, array, 256) < 0 ||
+        hb_table_move(state, function, name, origin, array) < 0) {
         hb_array_release(array);
         return -1;
     }
@@ -87,16 +103,17 @@ int hb_map8_get(hb_state *state, PyObject *object, const char *function, unsigne
 }
 
 PyObject *hb_output_flat(hb_state *state, PyObject *out, const char *function, const char *name,
-                         const DLPackExchangeAPI *api, hb_dtype dtype, int ndim,
-                         const int64_t *shape, hb_array *array)
+                         const hb_origin *origin, hb_dtype dtype, int ndim, const int64_t *shape,
+                         hb_array *array)
 {
     if (!hb_given(out))
-        return hb_output(state, NULL, function, name, api, dtype, ndim, shape, 0, array);
+        return hb_output(state, NULL, function, name, origin, dtype, ndim, shape, 0, array);
     int64_t numel = 1;
     for (int d = 0; d < ndim; d++) numel *= shape[d];
     unsigned take = dtype == HB_U8 ? HB_TAKE_BYTES : 1u << dtype | HB_TAKE_FLAT;
     if (hb_array_get(state, out, function, name, take | HB_TAKE_WRITABLE, array) < 0) return NULL;
-    if (hb_check_numel(function, name, array, numel) < 0) {
+    if (hb_check_numel(function, name, array, numel) < 0 ||
+        hb_check_device(function, name, array, &origin->device) < 0) {
         hb_array_release(array);
         return NULL;
     }

@@ -1,19 +1,13 @@
-// DLPack both ways: the exchange API (1.3), versioned and legacy capsules in, capsules and tensors
-// out.
+// DLPack inwards: the exchange API (1.3) and its allocator, versioned and legacy capsules.
 //
-// Who owns what: a DLManagedTensor is freed by its deleter, exactly once. Coming in, a capsule of
-// ours takes that duty before the producer's capsule is marked as used, so that no failure can fall
-// between the two. Going out, the managed tensor holds a reference to the Python object that owns
-// the memory; its deleter may run on any thread.
+// Who owns what: a DLManagedTensor is freed by its deleter, exactly once. A capsule of ours takes
+// that duty before the producer's capsule is marked as used, so that no failure can fall between
+// the two. For the way out see dlpack_out.c.
 #include "python/tensor.h"
 #include "python/args.h"
+#include "python/device.h"
 
 #include <stdlib.h>
-
-#define CAPSULE_VERSIONED      "dltensor_versioned"
-#define CAPSULE_VERSIONED_USED "used_dltensor_versioned"
-#define CAPSULE_LEGACY         "dltensor"
-#define CAPSULE_LEGACY_USED    "used_dltensor"
 
 // ---- the exchange table of a type ---------------------------------------------------------------
 
@@ -123,7 +117,7 @@ static void free_versioned(PyObject *capsule)
 {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, CAPSULE_VERSIONED_USED);
+    DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, HB_CAPSULE_VERSIONED_USED);
     if (managed != NULL && managed->deleter != NULL) managed->deleter(managed);
     PyErr_Restore(type, value, traceback);
 }
@@ -132,7 +126,7 @@ static void free_legacy(PyObject *capsule)
 {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    DLManagedTensor *managed = PyCapsule_GetPointer(capsule, CAPSULE_LEGACY_USED);
+    DLManagedTensor *managed = PyCapsule_GetPointer(capsule, HB_CAPSULE_LEGACY_USED);
     if (managed != NULL && managed->deleter != NULL) managed->deleter(managed);
     PyErr_Restore(type, value, traceback);
 }
@@ -153,7 +147,7 @@ static int exchange_view(const DLPackExchangeAPI *api, PyObject *object, const c
         name_producer_error(function, name);
         return -1;
     }
-    array->owner = PyCapsule_New(managed, CAPSULE_VERSIONED_USED, free_versioned);
+    array->owner = PyCapsule_New(managed, HB_CAPSULE_VERSIONED_USED, free_versioned);
     if (array->owner == NULL) {
         if (managed->deleter != NULL) managed->deleter(managed);
         return -1;
@@ -217,21 +211,22 @@ static int adopt(PyObject *capsule, void *managed, const char *used_name,
 
 static int consume(PyObject *capsule, const char *function, const char *name, hb_array *array)
 {
-    if (PyCapsule_IsValid(capsule, CAPSULE_VERSIONED)) {
-        DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, CAPSULE_VERSIONED);
+    if (PyCapsule_IsValid(capsule, HB_CAPSULE_VERSIONED)) {
+        DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, HB_CAPSULE_VERSIONED);
         if (managed->version.major != DLPACK_MAJOR_VERSION) {
             PyErr_Format(PyExc_BufferError, "%s: %s, expected DLPack version %d, got %u.%u",
                          function, name, DLPACK_MAJOR_VERSION, managed->version.major,
                          managed->version.minor);
             return -1;
         }
-        if (adopt(capsule, managed, CAPSULE_VERSIONED_USED, free_versioned, array) < 0) return -1;
+        if (adopt(capsule, managed, HB_CAPSULE_VERSIONED_USED, free_versioned, array) < 0)
+            return -1;
         bool readonly = (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
         return hb_array_fill(&managed->dl_tensor, readonly, function, name, array);
     }
-    if (PyCapsule_IsValid(capsule, CAPSULE_LEGACY)) {
-        DLManagedTensor *managed = PyCapsule_GetPointer(capsule, CAPSULE_LEGACY);
-        if (adopt(capsule, managed, CAPSULE_LEGACY_USED, free_legacy, array) < 0) return -1;
+    if (PyCapsule_IsValid(capsule, HB_CAPSULE_LEGACY)) {
+        DLManagedTensor *managed = PyCapsule_GetPointer(capsule, HB_CAPSULE_LEGACY);
+        if (adopt(capsule, managed, HB_CAPSULE_LEGACY_USED, free_legacy, array) < 0) return -1;
         return hb_array_fill(&managed->dl_tensor, false, function, name, array);
     }
     const char *label = PyCapsule_GetName(capsule);
@@ -242,9 +237,11 @@ static int consume(PyObject *capsule, const char *function, const char *name, hb
     return -1;
 }
 
-// A device that the processor cannot read is refused before the producer does any work for us.
-static int check_device(hb_state *state, PyObject *object, const char *function, const char *name)
+// A device that cannot be used is refused before the producer does any work for us.
+static int ask_device(hb_state *state, PyObject *object, const char *function, const char *name,
+                      hb_device *answer)
 {
+    *answer = (hb_device){.type = HB_CPU};
     PyObject *device = PyObject_CallMethodNoArgs(object, state->str_dlpack_device);
     if (device == NULL) {
         if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
@@ -252,7 +249,6 @@ static int check_device(hb_state *state, PyObject *object, const char *function,
         return 0;
     }
     int rc = -1;
-    DLTensor probe = {.ndim = 0, .dtype = {kDLFloat, 32, 1}};
     int64_t type = 0, index = 0;
     if (!PyTuple_Check(device) || PyTuple_GET_SIZE(device) != 2) {
         PyErr_Format(PyExc_TypeError, "%s: %s.__dlpack_device__(), expected (type, index), got %R",
@@ -262,12 +258,25 @@ static int check_device(hb_state *state, PyObject *object, const char *function,
     if (hb_arg_int64(function, name, PyTuple_GET_ITEM(device, 0), &type) < 0 ||
         hb_arg_int64(function, name, PyTuple_GET_ITEM(device, 1), &index) < 0)
         goto done;
-    probe.device.device_type = (DLDeviceType)type;
-    probe.device.device_id = (int32_t)index;
-    rc = hb_check_device(&probe, function, name);
+    const DLDevice place = {(DLDeviceType)type, (int32_t)index};
+    rc = hb_device_from_dlpack(place, function, name, answer);
+    if (rc == 0 && answer->type == HB_CUDA)
+        rc = hb_device_open(state, function, name, answer->index);
 done:
     Py_DECREF(device);
     return rc;
+}
+
+// object.__dlpack__(max_version=..., stream=...); without max_version where it does not know that.
+static PyObject *call_dlpack(hb_state *state, PyObject *method, bool cuda)
+{
+    PyObject *values[2] = {state->dlpack_max_version, state->dlpack_stream};
+    PyObject *capsule = PyObject_Vectorcall(
+        method, values, 0, cuda ? state->dlpack_kwnames_gpu : state->dlpack_kwnames);
+    if (capsule != NULL || !PyErr_ExceptionMatches(PyExc_TypeError)) return capsule;
+    PyErr_Clear(); // before DLPack 1.0
+    if (!cuda) return PyObject_CallNoArgs(method);
+    return PyObject_CallFunction(method, "O", state->dlpack_stream);
 }
 
 int hb_dlpack_get(hb_state *state, PyObject *object, const char *function, const char *name,
@@ -287,12 +296,9 @@ int hb_dlpack_get(hb_state *state, PyObject *object, const char *function, const
         rc = 0;
         goto done;
     }
-    if (check_device(state, object, function, name) < 0) goto done;
-    capsule = PyObject_Vectorcall(method, &state->dlpack_max_version, 0, state->dlpack_kwnames);
-    if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
-        PyErr_Clear(); // before DLPack 1.0
-        capsule = PyObject_CallNoArgs(method);
-    }
+    hb_device device;
+    if (ask_device(state, object, function, name, &device) < 0) goto done;
+    capsule = call_dlpack(state, method, device.type == HB_CUDA);
     if (capsule == NULL) {
         name_producer_error(function, name);
         goto done;
@@ -309,9 +315,9 @@ done:
     return rc;
 }
 
-// ---- out ----------------------------------------------------------------------------------------
+// ---- new memory of the framework's --------------------------------------------------------------
 
-static const DLDataType dlpack_types[HB_DTYPE_COUNT] = {
+const DLDataType hb_dlpack_types[HB_DTYPE_COUNT] = {
     [HB_F32] = {kDLFloat, 32, 1}, [HB_BF16] = {kDLBfloat, 16, 1}, [HB_F16] = {kDLFloat, 16, 1},
     [HB_F64] = {kDLFloat, 64, 1}, [HB_U8] = {kDLUInt, 8, 1},      [HB_I8] = {kDLInt, 8, 1},
     [HB_I32] = {kDLInt, 32, 1},   [HB_I64] = {kDLInt, 64, 1},     [HB_BOOL] = {kDLBool, 8, 1},
@@ -329,8 +335,7 @@ static void set_allocation_error(void *context, const char *kind, const char *me
     PyGILState_Release(gil);
 }
 
-// Takes `managed`.
-static PyObject *to_python(const DLPackExchangeAPI *api, DLManagedTensorVersioned *managed)
+PyObject *hb_exchange_to_python(const DLPackExchangeAPI *api, DLManagedTensorVersioned *managed)
 {
     void *object = NULL;
     if (api->managed_tensor_to_py_object_no_sync(managed, &object) == 0) return object;
@@ -339,211 +344,47 @@ static PyObject *to_python(const DLPackExchangeAPI *api, DLManagedTensorVersione
     return NULL;
 }
 
-PyObject *hb_exchange_new(const DLPackExchangeAPI *api, hb_dtype dtype, int ndim,
-                          const int64_t *shape, void **data)
+DLDevice hb_device_to_dlpack(const hb_device *device)
+{
+    if (device->type == HB_CUDA) return (DLDevice){kDLCUDA, device->index};
+    return (DLDevice){kDLCPU, 0};
+}
+
+DLManagedTensorVersioned *hb_exchange_allocate(const hb_origin *origin, hb_dtype dtype, int ndim,
+                                               const int64_t *shape)
 {
     int64_t sizes[HB_MAX_NDIM];
     for (int d = 0; d < ndim; d++) sizes[d] = shape[d];
-    DLTensor prototype = {
-        .device = {kDLCPU, 0}, .ndim = ndim, .dtype = dlpack_types[dtype], .shape = sizes};
+    DLTensor prototype = {.device = hb_device_to_dlpack(&origin->device),
+                          .ndim = ndim,
+                          .dtype = hb_dlpack_types[dtype],
+                          .shape = sizes};
     DLManagedTensorVersioned *managed = NULL;
-    if (api->managed_tensor_allocator(&prototype, &managed, NULL, set_allocation_error) != 0) {
-        if (!PyErr_Occurred()) PyErr_NoMemory();
-        return NULL;
-    }
-    *data = (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
-    return to_python(api, managed);
+    if (origin->api->managed_tensor_allocator(&prototype, &managed, NULL, set_allocation_error) ==
+        0)
+        return managed;
+    if (!PyErr_Occurred()) PyErr_NoMemory();
+    return NULL;
 }
 
-// A managed tensor over memory of ours, with the room for its shape.
-typedef struct {
-    union {
-        DLManagedTensorVersioned versioned;
-        DLManagedTensor legacy;
-    } managed;
-    PyObject *owner; // strong
-    int64_t shape[HB_MAX_NDIM], stride[HB_MAX_NDIM];
-} export_block;
-
-static void export_free(export_block *block)
+PyObject *hb_exchange_new(const hb_origin *origin, hb_dtype dtype, int ndim, const int64_t *shape,
+                          void **data)
 {
-    if (!Py_IsInitialized()) return; // the interpreter took the owner with it
-    PyGILState_STATE gil = PyGILState_Ensure();
-    Py_DECREF(block->owner);
-    PyGILState_Release(gil);
-    free(block);
-}
-
-static void delete_versioned(DLManagedTensorVersioned *managed)
-{
-    export_free(managed->manager_ctx);
-}
-
-static void delete_legacy(DLManagedTensor *managed)
-{
-    export_free(managed->manager_ctx);
-}
-
-static export_block *export_new(PyObject *owner, void *data, hb_dtype dtype, int ndim,
-                                const int64_t *shape, DLTensor *tensor)
-{
-    export_block *block = malloc(sizeof *block);
-    if (block == NULL) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    int64_t stride = 1;
-    for (int d = ndim - 1; d >= 0; d--) {
-        block->shape[d] = shape[d];
-        block->stride[d] = stride;
-        stride *= shape[d];
-    }
-    block->owner = Py_NewRef(owner);
-    *tensor = (DLTensor){.data = stride == 0 ? NULL : data, // as the header asks for size zero
-                         .device = {kDLCPU, 0},
-                         .ndim = ndim,
-                         .dtype = dlpack_types[dtype],
-                         .shape = block->shape,
-                         .strides = block->stride};
-    return block;
-}
-
-static DLManagedTensorVersioned *export_versioned(PyObject *owner, void *data, hb_dtype dtype,
-                                                  int ndim, const int64_t *shape, uint64_t flags)
-{
-    DLTensor tensor;
-    export_block *block = export_new(owner, data, dtype, ndim, shape, &tensor);
-    if (block == NULL) return NULL;
-    block->managed.versioned =
-        (DLManagedTensorVersioned){.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION},
-                                   .manager_ctx = block,
-                                   .deleter = delete_versioned,
-                                   .flags = flags,
-                                   .dl_tensor = tensor};
-    return &block->managed.versioned;
-}
-
-PyObject *hb_wrap(PyObject *owner, const DLPackExchangeAPI *api, void *data, hb_dtype dtype,
-                  int ndim, const int64_t *shape)
-{
-    if (api == NULL) return hb_numpy_wrap(owner, data, dtype, ndim, shape);
-    DLManagedTensorVersioned *managed = export_versioned(owner, data, dtype, ndim, shape, 0);
+    DLManagedTensorVersioned *managed = hb_exchange_allocate(origin, dtype, ndim, shape);
     if (managed == NULL) return NULL;
-    return to_python(api, managed);
+    *data = (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
+    return hb_exchange_to_python(origin->api, managed);
 }
 
-// Frees a capsule that nobody consumed.
-static void drop_versioned(PyObject *capsule)
+PyObject *hb_exchange_memory(const hb_origin *origin, int64_t bytes, char **memory)
 {
-    if (!PyCapsule_IsValid(capsule, CAPSULE_VERSIONED)) return;
-    DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, CAPSULE_VERSIONED);
-    managed->deleter(managed);
-}
-
-static void drop_legacy(PyObject *capsule)
-{
-    if (!PyCapsule_IsValid(capsule, CAPSULE_LEGACY)) return;
-    DLManagedTensor *managed = PyCapsule_GetPointer(capsule, CAPSULE_LEGACY);
-    managed->deleter(managed);
-}
-
-// What the keywords of __dlpack__ ask for.
-typedef struct {
-    bool versioned, copy;
-} export_request;
-
-static int read_request(const char *function, PyObject *const *args, Py_ssize_t n_args,
-                        PyObject *kwnames, export_request *request)
-{
-    const hb_signature signature = {function, 0, 0,
-                                    0,        4, {"stream", "max_version", "dl_device", "copy"}};
-    PyObject *value[4];
-    if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0) return -1;
-    if (hb_given(value[0])) {
-        PyErr_Format(PyExc_ValueError,
-                     "%s: stream, expected None for memory of the processor, got %R", function,
-                     value[0]);
-        return -1;
-    }
-    request->versioned = false;
-    if (hb_given(value[1])) {
-        int64_t major = 0;
-        if (!PyTuple_Check(value[1]) || PyTuple_GET_SIZE(value[1]) != 2) {
-            PyErr_Format(PyExc_TypeError, "%s: max_version, expected (major, minor), got %R",
-                         function, value[1]);
-            return -1;
-        }
-        if (hb_arg_int64(function, "max_version", PyTuple_GET_ITEM(value[1], 0), &major) < 0)
-            return -1;
-        request->versioned = major >= DLPACK_MAJOR_VERSION;
-    }
-    if (hb_given(value[2])) {
-        int64_t type = 0;
-        if (!PyTuple_Check(value[2]) || PyTuple_GET_SIZE(value[2]) != 2) {
-            PyErr_Format(PyExc_TypeError, "%s: dl_device, expected (type, index), got %R", function,
-                         value[2]);
-            return -1;
-        }
-        if (hb_arg_int64(function, "dl_device", PyTuple_GET_ITEM(value[2], 0), &type) < 0)
-            return -1;
-        if (type != kDLCPU) {
-            PyErr_Format(PyExc_BufferError, "%s: dl_device, expected the processor (1, 0), got %R",
-                         function, value[2]);
-            return -1;
-        }
-    }
-    request->copy = false;
-    if (hb_given(value[3]) && hb_arg_bool(function, "copy", value[3], &request->copy) < 0)
-        return -1;
-    return 0;
-}
-
-PyObject *hb_to_dlpack(const char *function, PyObject *owner, void *data, hb_dtype dtype, int ndim,
-                       const int64_t *shape, PyObject *const *args, Py_ssize_t n_args,
-                       PyObject *kwnames)
-{
-    export_request request;
-    if (read_request(function, args, n_args, kwnames, &request) < 0) return NULL;
-    if (!request.versioned && !request.copy) {
-        PyErr_Format(PyExc_BufferError,
-                     "%s: max_version, expected (1, 0) or newer (the memory is read-only, which "
-                     "older capsules cannot say), or copy=True",
-                     function);
+    DLManagedTensorVersioned *managed = hb_exchange_allocate(origin, HB_U8, 1, &bytes);
+    if (managed == NULL) return NULL;
+    PyObject *owner = PyCapsule_New(managed, HB_CAPSULE_VERSIONED_USED, free_versioned);
+    if (owner == NULL) {
+        if (managed->deleter != NULL) managed->deleter(managed);
         return NULL;
     }
-    PyObject *capsule = NULL;
-    Py_INCREF(owner);
-    if (request.copy) {
-        int64_t numel = 1;
-        for (int d = 0; d < ndim; d++) numel *= shape[d];
-        size_t bytes = (size_t)numel * hb_dtype_bytes(dtype);
-        void *copy = malloc(bytes == 0 ? 1 : bytes);
-        if (copy == NULL)
-            PyErr_NoMemory();
-        else if (bytes > 0)
-            memcpy(copy, data, bytes);
-        Py_SETREF(owner, copy == NULL ? NULL : hb_memory_owner(copy));
-        if (owner == NULL) return NULL;
-        data = copy;
-    }
-    if (request.versioned) {
-        uint64_t flags =
-            request.copy ? DLPACK_FLAG_BITMASK_IS_COPIED : DLPACK_FLAG_BITMASK_READ_ONLY;
-        DLManagedTensorVersioned *managed =
-            export_versioned(owner, data, dtype, ndim, shape, flags);
-        if (managed == NULL) goto done;
-        capsule = PyCapsule_New(managed, CAPSULE_VERSIONED, drop_versioned);
-        if (capsule == NULL) managed->deleter(managed);
-    } else {
-        DLTensor tensor;
-        export_block *block = export_new(owner, data, dtype, ndim, shape, &tensor);
-        if (block == NULL) goto done;
-        block->managed.legacy =
-            (DLManagedTensor){.dl_tensor = tensor, .manager_ctx = block, .deleter = delete_legacy};
-        capsule = PyCapsule_New(&block->managed.legacy, CAPSULE_LEGACY, drop_legacy);
-        if (capsule == NULL) export_free(block);
-    }
-done:
-    Py_DECREF(owner);
-    return capsule;
+    *memory = (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
+    return owner;
 }

@@ -3,6 +3,8 @@
 #include "python/functions.h"
 #include "python/weights4.h"
 
+#include "core/ops_cuda.h"
+
 PyDoc_STRVAR(quantize_4bit_doc,
              "quantize_4bit($module, x, /, quant_type='nf4', blocksize=64, scales='absmax', *, "
              "dtype=None, packed=None, absmax=None)\n--\n\n"
@@ -35,11 +37,12 @@ static PyObject *quantize_4bit(PyObject *module, PyObject *const *args, Py_ssize
         goto done;
     const int64_t numel = hb_view_numel(&x.view);
     const int64_t bytes = hb_packed_bytes(numel), n_blocks = hb_ceil_div(numel, blocksize);
+    const hb_origin origin = hb_origin_of(&x);
     packed_object =
-        hb_output_flat(state, value[5], function, "packed", x.api, HB_U8, 1, &bytes, &packed);
+        hb_output_flat(state, value[5], function, "packed", &origin, HB_U8, 1, &bytes, &packed);
     if (packed_object == NULL) goto done;
     absmax_object =
-        hb_output_flat(state, value[6], function, "absmax", x.api, HB_F32, 1, &n_blocks, &absmax);
+        hb_output_flat(state, value[6], function, "absmax", &origin, HB_F32, 1, &n_blocks, &absmax);
     if (absmax_object == NULL) goto done;
     if (hb_given(value[5]) && hb_check_overlap(function, "packed", &packed, "x", &x) < 0) goto done;
     if (hb_given(value[6]) && hb_check_overlap(function, "absmax", &absmax, "x", &x) < 0) goto done;
@@ -114,8 +117,9 @@ static PyObject *dequantize_4bit(PyObject *module, PyObject *const *args, Py_ssi
     if (hb_weights4_set_numel(function, &weights, numel) < 0) goto done;
     weights.tensor.rows = 1;
     weights.tensor.depth = numel;
-    result = hb_dequantize4_run(state, function, &weights.tensor, start, dtype, weights.packed.api,
-                                ndim, shape, value[7]);
+    const hb_origin origin = hb_origin_of(&weights.packed);
+    result = hb_dequantize4_run(state, function, &weights.tensor, start, dtype, &origin, ndim,
+                                shape, value[7]);
 done:
     hb_weights4_release(&weights);
     return result;
@@ -123,7 +127,8 @@ done:
 
 PyDoc_STRVAR(nest_absmax_doc,
              "nest_absmax($module, absmax, /, blocksize=256)\n--\n\n"
-             "-> (codes uint8 [n], nested_absmax float32 [ceil(n / blocksize)], offset).");
+             "-> (codes uint8 [n], nested_absmax float32 [ceil(n / blocksize)], offset). The "
+             "offset is a float; of a CUDA absmax, float32 [1] on its device.");
 
 static PyObject *nest_absmax(PyObject *module, PyObject *const *args, Py_ssize_t n_args,
                              PyObject *kwnames)
@@ -134,29 +139,52 @@ static PyObject *nest_absmax(PyObject *module, PyObject *const *args, Py_ssize_t
     PyObject *value[2];
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0) return NULL;
     int64_t blocksize = 256;
-    hb_array absmax = {0}, codes = {0}, nested = {0};
-    PyObject *codes_object = NULL, *nested_object = NULL, *result = NULL;
+    hb_array absmax = {0}, codes = {0}, nested = {0}, offset = {0}, map_array = {0};
+    const float *map;
+    void *workspace = NULL;
+    PyObject *codes_object = NULL, *nested_object = NULL, *offset_object = NULL, *scratch = NULL,
+             *result = NULL;
     if (hb_arg_blocksize8(function, "blocksize", value[1], &blocksize) < 0 ||
         hb_array_get(state, value[0], function, "absmax", HB_TAKE_F32 | HB_TAKE_FLAT, &absmax) < 0)
         goto done;
     const int64_t n = hb_view_numel(&absmax.view), n_blocks = hb_ceil_div(n, blocksize);
-    codes_object = hb_output(state, NULL, function, "codes", absmax.api, HB_U8, 1, &n, 0, &codes);
+    const hb_origin origin = hb_origin_of(&absmax);
+    const bool cuda = origin.device.type == HB_CUDA;
+    const int64_t one = 1;
+    float mean = 0.0f;
+    codes_object = hb_output(state, NULL, function, "codes", &origin, HB_U8, 1, &n, 0, &codes);
     if (codes_object == NULL) goto done;
-    nested_object = hb_output(state, NULL, function, "nested_absmax", absmax.api, HB_F32, 1,
-                              &n_blocks, 0, &nested);
+    nested_object = hb_output(state, NULL, function, "nested_absmax", &origin, HB_F32, 1, &n_blocks,
+                              0, &nested);
     if (nested_object == NULL) goto done;
+    if (hb_map8_known(state, function, HB_MAP_DYNAMIC, &origin, &map_array, &map) < 0) goto done;
+    if (cuda) {
+        offset_object =
+            hb_output(state, NULL, function, "offset", &origin, HB_F32, 1, &one, 0, &offset);
+        if (offset_object == NULL ||
+            hb_workspace_new(function, &origin,
+                             hb_nest_absmax_workspace(&origin.device, n, blocksize), &scratch,
+                             &workspace) < 0)
+            goto done;
+    }
     hb_error error;
     hb_status status;
-    float offset = 0.0f;
-    HB_WITHOUT_GIL(status, hb_nest_absmax(&state->context, absmax.view.data, n, blocksize,
-                                          codes.view.data, nested.view.data, &offset, &error));
+    HB_WITHOUT_GIL(status, hb_nest_absmax(&state->context, &origin.device, absmax.view.data, n,
+                                          blocksize, map, codes.view.data, nested.view.data,
+                                          cuda ? offset.view.data : &mean, workspace, &error));
     if (status != HB_OK)
         hb_raise(state, status, &error);
+    else if (cuda)
+        result = PyTuple_Pack(3, codes_object, nested_object, offset_object);
     else
-        result = Py_BuildValue("OOd", codes_object, nested_object, (double)offset);
+        result = Py_BuildValue("OOd", codes_object, nested_object, (double)mean);
 done:
     Py_XDECREF(codes_object);
     Py_XDECREF(nested_object);
+    Py_XDECREF(offset_object);
+    Py_XDECREF(scratch);
+    hb_array_release(&offset);
+    hb_array_release(&map_array);
     hb_array_release(&codes);
     hb_array_release(&nested);
     hb_array_release(&absmax);
@@ -189,7 +217,8 @@ PyDoc_STRVAR(linear_4bit_doc,
              "linear_4bit($module, x, packed, absmax, /, quant_type, blocksize, shape, bias=None, "
              "compute='float32', *, out=None, nested_absmax=None, nested_map=None, "
              "nested_offset=0.0, nested_blocksize=256)\n--\n\n"
-             "y = x W^T + b: x [..., depth] -> [..., rows].");
+             "y = x W^T + b: x [..., depth] -> [..., rows]. On CUDA x's dtype decides how products "
+             "are formed, not `compute`.");
 
 static PyObject *linear_4bit(PyObject *module, PyObject *const *args, Py_ssize_t n_args,
                              PyObject *kwnames)
@@ -215,8 +244,8 @@ static PyObject *linear_4bit(PyObject *module, PyObject *const *args, Py_ssize_t
         get_matrix(state, function, &weights_args, value[5], &weights) < 0)
         return NULL;
     PyObject *result = NULL;
-    if (hb_given(value[6]) &&
-        hb_bias_get(state, value[6], function, weights.tensor.rows, 0, &bias) < 0)
+    if (hb_given(value[6]) && hb_bias_get(state, value[6], function, weights.tensor.rows,
+                                          &weights.tensor.device, 0, &bias) < 0)
         goto done;
     const hb_linear4_call call = {.function = function,
                                   .input_name = "x",

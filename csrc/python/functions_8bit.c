@@ -19,18 +19,20 @@ static PyObject *quantize_8bit(PyObject *module, PyObject *const *args, Py_ssize
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0) return NULL;
     int64_t blocksize = 0;
     const float *map = NULL;
+    hb_origin origin = {0};
     hb_array x = {0}, map_array = {0}, codes = {0}, absmax = {0};
     PyObject *codes_object = NULL, *absmax_object = NULL, *result = NULL;
     if (hb_arg_blocksize8(function, "blocksize", value[2], &blocksize) < 0 ||
         hb_quantizer_input(state, function, "x", value[0], value[3], &x) < 0 ||
-        hb_map8_get(state, value[1], function, 0, &map_array, &map) < 0)
+        (origin = hb_origin_of(&x),
+         hb_map8_get(state, value[1], function, "map", 0, &origin, &map_array, &map) < 0))
         goto done;
     const int64_t n_blocks = hb_ceil_div(hb_view_numel(&x.view), blocksize);
-    codes_object = hb_output_flat(state, value[4], function, "codes", x.api, HB_U8, x.view.ndim,
+    codes_object = hb_output_flat(state, value[4], function, "codes", &origin, HB_U8, x.view.ndim,
                                   x.view.shape, &codes);
     if (codes_object == NULL) goto done;
     absmax_object =
-        hb_output_flat(state, value[5], function, "absmax", x.api, HB_F32, 1, &n_blocks, &absmax);
+        hb_output_flat(state, value[5], function, "absmax", &origin, HB_F32, 1, &n_blocks, &absmax);
     if (absmax_object == NULL) goto done;
     if (hb_given(value[4]) &&
         (hb_check_overlap(function, "codes", &codes, "x", &x) < 0 ||
@@ -74,6 +76,7 @@ static PyObject *dequantize_8bit(PyObject *module, PyObject *const *args, Py_ssi
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0) return NULL;
     hb_dtype dtype;
     hb_tensor8 tensor = {0};
+    hb_origin origin = {0};
     hb_array codes = {0}, absmax = {0}, map = {0};
     PyObject *result = NULL;
     if (hb_arg_blocksize8(function, "blocksize", value[3], &tensor.blocksize) < 0 ||
@@ -81,13 +84,15 @@ static PyObject *dequantize_8bit(PyObject *module, PyObject *const *args, Py_ssi
         hb_array_get(state, value[0], function, "codes", HB_TAKE_U8 | HB_TAKE_FLAT, &codes) < 0 ||
         hb_array_get(state, value[1], function, "absmax", HB_TAKE_F32 | HB_TAKE_FLAT, &absmax) <
             0 ||
-        hb_map8_get(state, value[2], function, 0, &map, &tensor.map) < 0 ||
+        (origin = hb_origin_of(&codes),
+         hb_check_device(function, "absmax", &absmax, &origin.device) < 0) ||
+        hb_map8_get(state, value[2], function, "map", 0, &origin, &map, &tensor.map) < 0 ||
         hb_check_numel(function, "absmax", &absmax,
                        hb_ceil_div(hb_view_numel(&codes.view), tensor.blocksize)) < 0)
         goto done;
     tensor.codes = codes.view.data;
     tensor.absmax = absmax.view.data;
-    result = hb_dequantize8_run(state, function, &tensor, dtype, codes.api, codes.view.ndim,
+    result = hb_dequantize8_run(state, function, &tensor, dtype, &origin, codes.view.ndim,
                                 codes.view.shape, value[5]);
 done:
     hb_array_release(&codes);
@@ -125,15 +130,16 @@ static PyObject *quantize_rows_int8(PyObject *module, PyObject *const *args, Py_
     const int64_t depth = x.view.shape[x.view.ndim - 1];
     int64_t rows = 1;
     for (int d = 0; d < x.view.ndim - 1; d++) rows *= x.view.shape[d];
-    codes_object = hb_output_flat(state, value[3], function, "codes", x.api, HB_I8, x.view.ndim,
+    const hb_origin origin = hb_origin_of(&x);
+    codes_object = hb_output_flat(state, value[3], function, "codes", &origin, HB_I8, x.view.ndim,
                                   x.view.shape, &codes);
     if (codes_object == NULL) goto done;
     scale_object =
-        hb_output_flat(state, value[4], function, "scale", x.api, HB_F32, 1, &rows, &scale);
+        hb_output_flat(state, value[4], function, "scale", &origin, HB_F32, 1, &rows, &scale);
     if (scale_object == NULL) goto done;
     if (threshold > 0.0f)
         outliers_object =
-            hb_output(state, NULL, function, "outliers", x.api, HB_BOOL, 1, &depth, 0, &outliers);
+            hb_output(state, NULL, function, "outliers", &origin, HB_BOOL, 1, &depth, 0, &outliers);
     else
         outliers_object = Py_NewRef(Py_None);
     if (outliers_object == NULL) goto done;
@@ -180,9 +186,10 @@ static PyObject *dequantize_rows_int8(PyObject *module, PyObject *const *args, P
     if (hb_result_dtype(state, function, value[2], value[3], HB_F32, &dtype) < 0 ||
         hb_rows8_get(state, function, value[0], value[1], 0, &rows) < 0)
         return NULL;
-    PyObject *result = hb_dequantize_rows8_run(
-        state, function, rows.codes.view.data, rows.scale.view.data, dtype, rows.codes.api,
-        rows.codes.view.ndim, rows.codes.view.shape, value[3]);
+    const hb_origin origin = hb_origin_of(&rows.codes);
+    PyObject *result =
+        hb_dequantize_rows8_run(state, function, rows.codes.view.data, rows.scale.view.data, dtype,
+                                &origin, rows.codes.view.ndim, rows.codes.view.shape, value[3]);
     hb_rows8_release(&rows);
     return result;
 }
@@ -211,8 +218,11 @@ static PyObject *matmul_int8(PyObject *module, PyObject *const *args, Py_ssize_t
         goto done;
     }
     const int64_t rows = b.view.shape[0], depth = b.view.shape[1];
-    if (hb_layer_shape(function, "a", &a.view, rows, depth, false, shape) < 0) goto done;
-    object = hb_output(state, value[2], function, "out", a.api, HB_I32, a.view.ndim, shape,
+    const hb_origin origin = hb_origin_of(&a);
+    if (hb_layer_shape(function, "a", &a.view, rows, depth, false, shape) < 0 ||
+        hb_check_device(function, "b", &b, &origin.device) < 0)
+        goto done;
+    object = hb_output(state, value[2], function, "out", &origin, HB_I32, a.view.ndim, shape,
                        HB_TAKE_FLAT, &c);
     if (object == NULL) goto done;
     if (hb_given(value[2]) && (hb_check_overlap(function, "out", &c, "a", &a) < 0 ||
@@ -222,8 +232,8 @@ static PyObject *matmul_int8(PyObject *module, PyObject *const *args, Py_ssize_t
     for (int d = 0; d < a.view.ndim - 1; d++) m *= shape[d];
     hb_error error;
     hb_status status;
-    HB_WITHOUT_GIL(status, hb_matmul_int8(&state->context, a.view.data, b.view.data, m, rows, depth,
-                                          c.view.data, &error));
+    HB_WITHOUT_GIL(status, hb_matmul_int8(&state->context, &origin.device, a.view.data, b.view.data,
+                                          m, rows, depth, c.view.data, &error));
     if (status != HB_OK)
         hb_raise(state, status, &error);
     else
@@ -260,9 +270,11 @@ static PyObject *linear_8bit(PyObject *module, PyObject *const *args, Py_ssize_t
         hb_rows8_get(state, function, value[1], value[2], 0, &rows) < 0)
         return NULL;
     PyObject *result = NULL;
+    call.device = rows.codes.view.device;
     if (hb_rows8_check_matrix(function, &rows) < 0) goto done;
     if (hb_given(value[3])) {
-        if (hb_bias_get(state, value[3], function, rows.rows, 0, &bias) < 0) goto done;
+        if (hb_bias_get(state, value[3], function, rows.rows, &call.device, 0, &bias) < 0)
+            goto done;
         call.bias = &bias.view;
     }
     call.mode = (hb_int8_mode)mode;
@@ -286,11 +298,11 @@ static PyObject *linear_8bit_grad_input(PyObject *module, PyObject *const *args,
     hb_state *state = hb_state_of_module(module);
     PyObject *value[4];
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0) return NULL;
-    const hb_linear8_call call = {
-        .function = signature.function, .input_name = "dy", .backward = true};
+    hb_linear8_call call = {.function = signature.function, .input_name = "dy", .backward = true};
     hb_rows8 rows;
     if (hb_rows8_get(state, signature.function, value[1], value[2], 0, &rows) < 0) return NULL;
     PyObject *result = NULL;
+    call.device = rows.codes.view.device;
     if (hb_rows8_check_matrix(signature.function, &rows) == 0)
         result = hb_linear8_run(state, &call, rows.codes.view.data, rows.scale.view.data, rows.rows,
                                 rows.depth, value[0], value[3]);
@@ -307,8 +319,10 @@ static PyObject *map8(PyObject *module, PyObject *name)
         return NULL;
     }
     const float *map = NULL;
+    const hb_origin numpy = {.device = {.type = HB_CPU}};
     hb_array unused;
-    if (hb_map8_get(hb_state_of_module(module), name, "map8", 0, &unused, &map) < 0) return NULL;
+    hb_state *state = hb_state_of_module(module);
+    if (hb_map8_get(state, name, "map8", "map", 0, &numpy, &unused, &map) < 0) return NULL;
     const int64_t size = 256;
     void *data;
     PyObject *array = hb_numpy_new(HB_F32, 1, &size, &data);

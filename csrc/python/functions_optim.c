@@ -2,6 +2,8 @@
 #include "python/common.h"
 #include "python/functions.h"
 
+#include "core/ops_cuda.h"
+
 static const char *const function = "optimizer_step";
 static const char *const optimizer_names[] = {"adam",    "ademamix", "momentum", "lion",
                                               "rmsprop", "adagrad",  NULL}; // hb_optimizer
@@ -28,9 +30,27 @@ static int check_array(const char *name, const hb_array *array, int64_t expected
     return -1;
 }
 
-// Fills `tensor` from one entry; the arrays are released by the caller.
-static int get_tensor(hb_state *state, hb_optimizer optimizer, PyObject *entry, hb_array *arrays,
-                      hb_optim_tensor *tensor)
+// Everything lies where the first parameter does. Paged states may say that they are the
+// processor's: managed memory, which the device can use where it lies.
+static int check_place(hb_state *state, int field, const hb_array *array, const hb_device *device)
+{
+    bool paged = false;
+    if (device->type == HB_CUDA && array->view.device.type == HB_CPU && field > G &&
+        hb_view_numel(&array->view) > 0) {
+        hb_error error;
+        hb_status status = hb_memory_on_cuda(function, device, array->view.data, &paged, &error);
+        if (status != HB_OK) {
+            hb_raise(state, status, &error);
+            return -1;
+        }
+    }
+    return paged ? 0 : hb_check_device(function, field_names[field], array, device);
+}
+
+// Fills `tensor` from one entry; `device` is that of the tensors before (NULL: none). The arrays
+// are released by the caller.
+static int get_tensor(hb_state *state, hb_optimizer optimizer, PyObject *entry,
+                      const hb_device *device, hb_array *arrays, hb_optim_tensor *tensor)
 {
     if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != FIELDS) {
         PyErr_Format(PyExc_TypeError,
@@ -44,6 +64,8 @@ static int get_tensor(hb_state *state, hb_optimizer optimizer, PyObject *entry, 
         if (f > STATE1 && value == Py_None) continue;
         if (hb_array_get(state, value, function, field_names[f], field_takes[f], &arrays[f]) < 0)
             return -1;
+        if (device != NULL && check_place(state, f, &arrays[f], device) < 0) return -1;
+        if (f == P && device == NULL) device = &arrays[P].view.device; // of the first tensor
     }
     if (hb_arg_int64(function, field_names[STEP], PyTuple_GET_ITEM(entry, STEP), &tensor->step) < 0)
         return -1;
@@ -111,6 +133,9 @@ static PyObject *optimizer_step(PyObject *module, PyObject *const *args, Py_ssiz
 
     hb_array map1_array = {0}, map2_array = {0};
     const float *map1 = NULL, *map2 = NULL;
+    hb_origin origin = {.device = {.type = HB_CPU}};
+    PyObject *scratch = NULL;
+    void *workspace = NULL;
     hb_array *arrays = NULL;
     hb_optim_tensor *tensors = NULL;
     PyObject *result = NULL;
@@ -118,10 +143,6 @@ static PyObject *optimizer_step(PyObject *module, PyObject *const *args, Py_ssiz
     PyObject *list = PySequence_Tuple(value[1]);
     if (list == NULL) return NULL;
     const Py_ssize_t count = PyTuple_GET_SIZE(list);
-    if ((hb_given(value[12]) &&
-         hb_map8_get(state, value[12], function, 0, &map1_array, &map1) < 0) ||
-        (hb_given(value[13]) && hb_map8_get(state, value[13], function, 0, &map2_array, &map2) < 0))
-        goto done;
     arrays = PyMem_Calloc((size_t)count * ARRAYS + 1, sizeof *arrays);
     tensors = PyMem_Calloc((size_t)count + 1, sizeof *tensors);
     if (arrays == NULL || tensors == NULL) {
@@ -130,18 +151,30 @@ static PyObject *optimizer_step(PyObject *module, PyObject *const *args, Py_ssiz
     }
     for (Py_ssize_t i = 0; i < count; i++)
         if (get_tensor(state, (hb_optimizer)optimizer, PyTuple_GET_ITEM(list, i),
-                       arrays + i * ARRAYS, &tensors[i]) < 0)
+                       i > 0 ? &arrays[P].view.device : NULL, arrays + i * ARRAYS, &tensors[i]) < 0)
             goto done;
+    if (count > 0) origin = hb_origin_of(&arrays[P]);
+    if ((hb_given(value[12]) &&
+         hb_map8_get(state, value[12], function, "map1", 0, &origin, &map1_array, &map1) < 0) ||
+        (hb_given(value[13]) &&
+         hb_map8_get(state, value[13], function, "map2", 0, &origin, &map2_array, &map2) < 0) ||
+        hb_workspace_new(function, &origin,
+                         hb_optimizer_workspace(&origin.device, (hb_optimizer)optimizer, tensors,
+                                                count, &settings),
+                         &scratch, &workspace) < 0)
+        goto done;
     hb_error error;
     hb_status status;
-    HB_WITHOUT_GIL(status, hb_optimizer_step(&state->context, (hb_optimizer)optimizer, tensors,
-                                             count, &settings, map1, map2, &error));
+    HB_WITHOUT_GIL(status,
+                   hb_optimizer_step(&state->context, &origin.device, (hb_optimizer)optimizer,
+                                     tensors, count, &settings, map1, map2, workspace, &error));
     if (status != HB_OK)
         hb_raise(state, status, &error);
     else
         result = Py_NewRef(Py_None);
 done:
     for (Py_ssize_t i = 0; arrays != NULL && i < count * ARRAYS; i++) hb_array_release(&arrays[i]);
+    Py_XDECREF(scratch);
     PyMem_Free(arrays);
     PyMem_Free(tensors);
     hb_array_release(&map1_array);

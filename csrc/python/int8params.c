@@ -10,12 +10,11 @@ static inline hb_int8params *int8params(PyObject *self)
 }
 
 static hb_int8params *int8params_new(PyTypeObject *type, const int8_t *codes, const float *scale,
-                                     const int64_t *shape, hb_dtype dtype,
-                                     const DLPackExchangeAPI *api)
+                                     const int64_t *shape, hb_dtype dtype, const hb_origin *origin)
 {
     hb_int8params *self = (hb_int8params *)type->tp_alloc(type, 0);
     if (self == NULL) return NULL;
-    self->base.api = api;
+    self->base.origin = hb_origin_held(*origin);
     self->codes = codes;
     self->scale = scale;
     self->shape[0] = shape[0];
@@ -25,13 +24,13 @@ static hb_int8params *int8params_new(PyTypeObject *type, const int8_t *codes, co
 }
 
 // A new object with memory of its own, uninitialised; codes and scale go to part[0], part[1].
-static hb_int8params *with_memory(PyTypeObject *type, const int64_t *shape, hb_dtype dtype,
-                                  const DLPackExchangeAPI *api, void **part)
+static hb_int8params *with_memory(const char *function, PyTypeObject *type, const int64_t *shape,
+                                  hb_dtype dtype, const hb_origin *origin, void **part)
 {
     const int64_t bytes[2] = {shape[0] * shape[1], shape[0] * (int64_t)sizeof(float)};
-    PyObject *owner = hb_memory_new(2, bytes, part);
+    PyObject *owner = hb_memory_new(function, origin, 2, bytes, part);
     if (owner == NULL) return NULL;
-    hb_int8params *self = int8params_new(type, part[0], part[1], shape, dtype, api);
+    hb_int8params *self = int8params_new(type, part[0], part[1], shape, dtype, origin);
     if (self == NULL)
         Py_DECREF(owner);
     else
@@ -53,7 +52,9 @@ hb_int8params *hb_int8params_quantize(hb_state *state, const char *function, con
                      name, shape);
         goto done;
     }
-    self = with_memory(state->int8params_type, in.view.shape, in.view.dtype, in.api, part);
+    const hb_origin origin = hb_origin_of(&in);
+    self =
+        with_memory(function, state->int8params_type, in.view.shape, in.view.dtype, &origin, part);
     if (self == NULL) goto done;
     hb_error error;
     hb_status status;
@@ -101,11 +102,12 @@ static PyObject *int8params_from_parts(PyObject *type, PyObject *const *args, Py
         hb_rows8_get(state, function, value[0], value[1], HB_TAKE_KEEP, &rows) < 0)
         return NULL;
     const int64_t *shape = rows.codes.view.shape;
+    const hb_origin origin = hb_origin_of(&rows.codes);
     hb_int8params *self = NULL;
     if (hb_rows8_check_matrix(function, &rows) == 0 &&
         (!hb_given(value[3]) || hb_check_shape(function, value[3], &rows.codes) == 0))
         self = int8params_new((PyTypeObject *)type, rows.codes.view.data, rows.scale.view.data,
-                              shape, dtype, rows.codes.api);
+                              shape, dtype, &origin);
     if (self == NULL) {
         hb_rows8_release(&rows);
         return NULL;
@@ -118,14 +120,19 @@ static PyObject *int8params_from_parts(PyObject *type, PyObject *const *args, Py
 PyObject *hb_int8params_deepcopy(PyObject *op, PyObject *Py_UNUSED(memo))
 {
     const hb_int8params *source = int8params(op);
+    static const char function[] = "Int8Params.__deepcopy__";
+    hb_state *state = hb_state_of(op);
     void *part[2];
+    hb_origin origin;
+    if (hb_origin_enter(state, function, &source->base.origin, &origin) < 0) return NULL;
     hb_int8params *self =
-        with_memory(Py_TYPE(op), source->shape, source->dtype, source->base.api, part);
+        with_memory(function, Py_TYPE(op), source->shape, source->dtype, &origin, part);
     if (self == NULL) return NULL;
-    const size_t numel = (size_t)(source->shape[0] * source->shape[1]);
-    if (numel > 0) memcpy(part[0], source->codes, numel);
-    if (source->shape[0] > 0)
-        memcpy(part[1], source->scale, (size_t)source->shape[0] * sizeof(float));
+    if (hb_memory_copy(state, function, &origin.device, part[0], source->codes,
+                       source->shape[0] * source->shape[1]) < 0 ||
+        hb_memory_copy(state, function, &origin.device, part[1], source->scale,
+                       source->shape[0] * (int64_t)sizeof(float)) < 0)
+        Py_CLEAR(self);
     return (PyObject *)self;
 }
 
@@ -138,7 +145,7 @@ static PyObject *int8params_subscript(PyObject *op, PyObject *slice)
     const int64_t shape[2] = {stop - start, source->shape[1]};
     hb_int8params *self =
         int8params_new(Py_TYPE(op), source->codes + start * shape[1], source->scale + start, shape,
-                       source->dtype, source->base.api);
+                       source->dtype, &source->base.origin);
     if (self != NULL) self->base.owner[0] = Py_NewRef(op);
     return (PyObject *)self;
 }
@@ -161,23 +168,25 @@ static PyObject *int8params_dequantize(PyObject *op, PyObject *const *args, Py_s
     hb_state *state = hb_state_of(op);
     PyObject *value[2];
     hb_dtype dtype;
+    hb_origin origin;
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0 ||
-        hb_result_dtype(state, signature.function, value[0], value[1], self->dtype, &dtype) < 0)
+        hb_result_dtype(state, signature.function, value[0], value[1], self->dtype, &dtype) < 0 ||
+        hb_origin_enter(state, signature.function, &self->base.origin, &origin) < 0)
         return NULL;
     return hb_dequantize_rows8_run(state, signature.function, self->codes, self->scale, dtype,
-                                   self->base.api, 2, self->shape, value[1]);
+                                   &origin, 2, self->shape, value[1]);
 }
 
 static PyObject *get_codes(PyObject *op, void *Py_UNUSED(closure))
 {
     const hb_int8params *self = int8params(op);
-    return hb_wrap(op, self->base.api, (void *)(uintptr_t)self->codes, HB_I8, 2, self->shape);
+    return hb_wrap(op, &self->base.origin, (void *)(uintptr_t)self->codes, HB_I8, 2, self->shape);
 }
 
 static PyObject *get_scale(PyObject *op, void *Py_UNUSED(closure))
 {
     const hb_int8params *self = int8params(op);
-    return hb_wrap(op, self->base.api, (void *)(uintptr_t)self->scale, HB_F32, 1, self->shape);
+    return hb_wrap(op, &self->base.origin, (void *)(uintptr_t)self->scale, HB_F32, 1, self->shape);
 }
 
 static PyObject *get_shape(PyObject *op, void *Py_UNUSED(closure))
@@ -232,16 +241,19 @@ static PyObject *int8params_dlpack(PyObject *op, PyObject *const *args, Py_ssize
                                    PyObject *kwnames)
 {
     const hb_int8params *self = int8params(op);
-    return hb_to_dlpack("Int8Params.__dlpack__", op, (void *)(uintptr_t)self->codes, HB_I8, 2,
-                        self->shape, args, n_args, kwnames);
+    return hb_to_dlpack(hb_state_of(op), "Int8Params.__dlpack__", op, &self->base.origin,
+                        (void *)(uintptr_t)self->codes, HB_I8, 2, self->shape, args, n_args,
+                        kwnames);
 }
 
 static PyObject *int8params_repr(PyObject *op)
 {
     const hb_int8params *self = int8params(op);
-    return PyUnicode_FromFormat("Int8Params(shape=(%lld, %lld), dtype=%s)",
+    char device[HB_DEVICE_SUFFIX];
+    hb_device_suffix(&self->base.origin.device, device);
+    return PyUnicode_FromFormat("Int8Params(shape=(%lld, %lld), dtype=%s%s)",
                                 (long long)self->shape[0], (long long)self->shape[1],
-                                hb_dtype_name(self->dtype));
+                                hb_dtype_name(self->dtype), device);
 }
 
 PyDoc_STRVAR(repr_html_doc, "_repr_html_($self, /)\n--\n\nA table for notebooks.");
@@ -257,6 +269,7 @@ static PyObject *int8params_repr_html(PyObject *op, PyObject *Py_UNUSED(ignored)
         {"quant type", PyUnicode_FromString("int8, one scale per row")},
         {"block size", PyLong_FromLongLong(self->shape[1])},
         {"dtype", get_dtype(op, NULL)},
+        {"device", hb_object_device(op, NULL)},
         {"bytes", PyLong_FromLongLong(bytes)},
         {"bits per parameter", hb_text_decimal(bits_per_param(self), "")},
         {"compression", hb_text_decimal(bytes == 0 ? 1.0 : dense / (double)bytes, "x")},
@@ -283,7 +296,7 @@ static PyGetSetDef properties[] = {
     {"scale", get_scale, NULL, "float32 [rows], zero-copy.", NULL},
     {"shape", get_shape, NULL, "(rows, depth).", NULL},
     {"dtype", get_dtype, NULL, "Dtype of the matrix that was quantized.", NULL},
-    {"device", hb_object_device, NULL, "\"cpu\".", NULL},
+    {"device", hb_object_device, NULL, "\"cpu\" or \"cuda:0\".", NULL},
     {"nbytes", get_nbytes, NULL, "Bytes of all arrays in parts().", NULL},
     {"bits_per_param", get_bits_per_param, NULL, "8 * nbytes / numel.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -40,7 +40,7 @@ static PyObject *linear4_new(PyTypeObject *type, PyObject *weight, hb_array *bia
     self->vectorcall = linear4_vectorcall;
     self->compute = compute;
     self->base.owner[0] = weight;
-    self->base.api = ((hb_params4 *)weight)->base.api;
+    self->base.origin = ((hb_params4 *)weight)->base.origin;
     if (bias != NULL) {
         self->base.owner[1] = bias->owner;
         self->has_bias = true;
@@ -68,7 +68,8 @@ static PyObject *build(hb_state *state, const char *function, PyTypeObject *type
     if (check_weight(function, (hb_params4 *)weight) < 0 ||
         (hb_given(bias_object) &&
          hb_bias_get(state, bias_object, function, ((hb_params4 *)weight)->shape[0],
-                     HB_TAKE_KEEP | HB_TAKE_FLAT, &bias) < 0)) {
+                     &((hb_params4 *)weight)->base.origin.device, HB_TAKE_KEEP | HB_TAKE_FLAT,
+                     &bias) < 0)) {
         Py_DECREF(weight);
         return NULL;
     }
@@ -131,8 +132,13 @@ static PyObject *linear4_from_float(PyObject *type, PyObject *const *args, Py_ss
 static PyObject *linear4_deepcopy(PyObject *op, PyObject *memo)
 {
     linear4 *self = linear4_of(op);
-    hb_array bias = {.view = self->bias};
-    if (self->has_bias && hb_array_own(&bias) < 0) return NULL;
+    static const char function[] = "Linear4bit.__deepcopy__";
+    hb_state *state = hb_state_of(op);
+    hb_origin origin;
+    if (hb_origin_enter(state, function, &self->base.origin, &origin) < 0) return NULL;
+    hb_array bias = {.view = self->bias, .api = origin.api};
+    bias.view.device = origin.device;
+    if (self->has_bias && hb_array_own(state, function, &bias) < 0) return NULL;
     PyObject *weight = hb_params4_deepcopy(self->base.owner[0], memo);
     if (weight == NULL) {
         hb_array_release(&bias);
@@ -188,7 +194,7 @@ static PyObject *get_bias(PyObject *op, void *Py_UNUSED(closure))
 {
     const linear4 *self = linear4_of(op);
     if (!self->has_bias) Py_RETURN_NONE;
-    return hb_wrap(op, self->base.api, self->bias.data, self->bias.dtype, 1, self->bias.shape);
+    return hb_wrap(op, &self->base.origin, self->bias.data, self->bias.dtype, 1, self->bias.shape);
 }
 
 static PyObject *get_compute(PyObject *op, void *Py_UNUSED(closure))
@@ -219,11 +225,14 @@ static PyObject *linear4_repr(PyObject *op)
 {
     const linear4 *self = linear4_of(op);
     const hb_tensor4 *tensor = &weight_of(op)->tensor;
+    char device[HB_DEVICE_SUFFIX];
+    hb_device_suffix(&self->base.origin.device, device);
     return PyUnicode_FromFormat(
-        "Linear4bit(%s, in_features=%lld, out_features=%lld, blocksize=%lld, bias=%s, compute=%s)",
+        "Linear4bit(%s, in_features=%lld, out_features=%lld, blocksize=%lld, bias=%s, "
+        "compute=%s%s)",
         hb_codebook4_get(tensor->format)->name, (long long)tensor->depth, (long long)tensor->rows,
         (long long)tensor->blocksize, self->has_bias ? "True" : "False",
-        hb_compute_names[self->compute]);
+        hb_compute_names[self->compute], device);
 }
 
 PyDoc_STRVAR(repr_html_doc, "_repr_html_($self, /)\n--\n\nA table for notebooks.");

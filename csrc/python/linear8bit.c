@@ -42,7 +42,7 @@ static PyObject *linear8_new(PyTypeObject *type, PyObject *weight, hb_array *bia
     self->threshold = threshold;
     self->mode = mode;
     self->base.owner[0] = weight;
-    self->base.api = ((hb_int8params *)weight)->base.api;
+    self->base.origin = ((hb_int8params *)weight)->base.origin;
     if (bias != NULL) {
         self->base.owner[1] = bias->owner;
         self->has_bias = true;
@@ -59,7 +59,8 @@ static PyObject *build(hb_state *state, const char *function, PyTypeObject *type
     if (weight == NULL) return NULL;
     if (hb_given(bias_object) &&
         hb_bias_get(state, bias_object, function, ((hb_int8params *)weight)->shape[0],
-                    HB_TAKE_KEEP | HB_TAKE_FLAT, &bias) < 0) {
+                    &((hb_int8params *)weight)->base.origin.device, HB_TAKE_KEEP | HB_TAKE_FLAT,
+                    &bias) < 0) {
         Py_DECREF(weight);
         return NULL;
     }
@@ -113,8 +114,13 @@ static PyObject *linear8_from_float(PyObject *type, PyObject *const *args, Py_ss
 static PyObject *linear8_deepcopy(PyObject *op, PyObject *memo)
 {
     linear8 *self = linear8_of(op);
-    hb_array bias = {.view = self->bias};
-    if (self->has_bias && hb_array_own(&bias) < 0) return NULL;
+    static const char function[] = "Linear8bit.__deepcopy__";
+    hb_state *state = hb_state_of(op);
+    hb_origin origin;
+    if (hb_origin_enter(state, function, &self->base.origin, &origin) < 0) return NULL;
+    hb_array bias = {.view = self->bias, .api = origin.api};
+    bias.view.device = origin.device;
+    if (self->has_bias && hb_array_own(state, function, &bias) < 0) return NULL;
     PyObject *weight = hb_int8params_deepcopy(self->base.owner[0], memo);
     if (weight == NULL) {
         hb_array_release(&bias);
@@ -141,7 +147,8 @@ static PyObject *linear8_vectorcall(PyObject *op, PyObject *const *args, size_t 
                                   .input_name = "x",
                                   .mode = self->mode,
                                   .threshold = self->threshold,
-                                  .bias = self->has_bias ? &self->bias : NULL};
+                                  .bias = self->has_bias ? &self->bias : NULL,
+                                  .device = self->base.origin.device};
     const hb_int8params *weight = weight_of(op);
     return hb_linear8_run(hb_state_of(op), &call, weight->codes, weight->scale, weight->shape[0],
                           weight->shape[1], value[0], value[1]);
@@ -156,8 +163,10 @@ static PyObject *linear8_grad_input(PyObject *op, PyObject *const *args, Py_ssiz
     static const hb_signature signature = {"Linear8bit.grad_input", 1, 2, 1, 2, {"dy", "out"}};
     PyObject *value[2];
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0) return NULL;
-    const hb_linear8_call call = {
-        .function = signature.function, .input_name = "dy", .backward = true};
+    const hb_linear8_call call = {.function = signature.function,
+                                  .input_name = "dy",
+                                  .backward = true,
+                                  .device = linear8_of(op)->base.origin.device};
     const hb_int8params *weight = weight_of(op);
     return hb_linear8_run(hb_state_of(op), &call, weight->codes, weight->scale, weight->shape[0],
                           weight->shape[1], value[0], value[1]);
@@ -174,7 +183,7 @@ static PyObject *get_bias(PyObject *op, void *Py_UNUSED(closure))
 {
     const linear8 *self = linear8_of(op);
     if (!self->has_bias) Py_RETURN_NONE;
-    return hb_wrap(op, self->base.api, self->bias.data, self->bias.dtype, 1, self->bias.shape);
+    return hb_wrap(op, &self->base.origin, self->bias.data, self->bias.dtype, 1, self->bias.shape);
 }
 
 static PyObject *get_threshold(PyObject *op, void *Py_UNUSED(closure))
@@ -210,12 +219,14 @@ static PyObject *linear8_repr(PyObject *op)
 {
     const linear8 *self = linear8_of(op);
     const int64_t *shape = weight_of(op)->shape;
+    char device[HB_DEVICE_SUFFIX];
+    hb_device_suffix(&self->base.origin.device, device);
     PyObject *threshold = get_threshold(op, NULL);
     if (threshold == NULL) return NULL;
     PyObject *text = PyUnicode_FromFormat(
-        "Linear8bit(in_features=%lld, out_features=%lld, bias=%s, threshold=%R, mode=%s)",
+        "Linear8bit(in_features=%lld, out_features=%lld, bias=%s, threshold=%R, mode=%s%s)",
         (long long)shape[1], (long long)shape[0], self->has_bias ? "True" : "False", threshold,
-        hb_mode_names[self->mode]);
+        hb_mode_names[self->mode], device);
     Py_DECREF(threshold);
     return text;
 }

@@ -29,10 +29,13 @@ static int add_strings(hb_state *state)
     state->str_is_neg = PyUnicode_InternFromString("is_neg");
     state->str_resolve_neg = PyUnicode_InternFromString("resolve_neg");
     state->dlpack_kwnames = Py_BuildValue("(N)", PyUnicode_InternFromString("max_version"));
+    state->dlpack_kwnames_gpu = Py_BuildValue("(NN)", PyUnicode_InternFromString("max_version"),
+                                              PyUnicode_InternFromString("stream"));
     state->dlpack_max_version = Py_BuildValue("(ii)", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
+    state->dlpack_stream = PyLong_FromLong(1);
     return state->str_dlpack && state->str_dlpack_device && state->str_exchange_api &&
                    state->str_is_neg && state->str_resolve_neg && state->dlpack_kwnames &&
-                   state->dlpack_max_version
+                   state->dlpack_kwnames_gpu && state->dlpack_max_version && state->dlpack_stream
                ? 0
                : -1;
 }
@@ -127,7 +130,9 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->str_is_neg);
     Py_CLEAR(state->str_resolve_neg);
     Py_CLEAR(state->dlpack_kwnames);
+    Py_CLEAR(state->dlpack_kwnames_gpu);
     Py_CLEAR(state->dlpack_max_version);
+    Py_CLEAR(state->dlpack_stream);
     hb_exchange_clear(state);
     return 0;
 }

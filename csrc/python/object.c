@@ -1,11 +1,10 @@
 #include "python/object.h"
 
-#include <stdlib.h>
-
 const char hb_copy_doc[] = "__copy__($self, /)\n--\n\nItself: the object never changes.";
 const char hb_deepcopy_doc[] = "__deepcopy__($self, memo, /)\n--\n\nA copy with memory of its own.";
 const char hb_reduce_doc[] = "__reduce__($self, /)\n--\n\nFor pickle.";
-const char hb_dlpack_device_doc[] = "__dlpack_device__($self, /)\n--\n\n(1, 0): the processor.";
+const char hb_dlpack_device_doc[] =
+    "__dlpack_device__($self, /)\n--\n\n(1, 0): the processor; (2, i): cuda:i.";
 
 int hb_object_traverse(PyObject *self, visitproc visit, void *arg)
 {
@@ -57,33 +56,25 @@ done:
     return result;
 }
 
-PyObject *hb_object_device(PyObject *Py_UNUSED(self), void *Py_UNUSED(closure))
+PyObject *hb_object_device(PyObject *self, void *Py_UNUSED(closure))
 {
-    return PyUnicode_FromString("cpu");
+    char text[HB_DEVICE_TEXT];
+    hb_device_text(&((hb_object *)self)->origin.device, text);
+    return PyUnicode_FromString(text);
 }
 
-PyObject *hb_object_dlpack_device(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(ignored))
+PyObject *hb_object_dlpack_device(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
-    return Py_BuildValue("(ii)", (int)kDLCPU, 0);
+    const DLDevice device = hb_device_to_dlpack(&((hb_object *)self)->origin.device);
+    return Py_BuildValue("(ii)", (int)device.device_type, (int)device.device_id);
 }
 
-PyObject *hb_memory_new(int count, const int64_t *bytes, void **part)
+void hb_device_suffix(const hb_device *device, char *text)
 {
-    const size_t alignment = 64;
-    size_t total = 0, offset[8];
-    for (int i = 0; i < count; i++) {
-        offset[i] = total;
-        size_t size = (size_t)bytes[i];
-        if (size > (size_t)PTRDIFF_MAX - 2 * alignment ||
-            __builtin_add_overflow(total, (size + alignment - 1) / alignment * alignment, &total) ||
-            total > (size_t)PTRDIFF_MAX - alignment)
-            return PyErr_NoMemory();
-    }
-    void *memory = NULL;
-    if (posix_memalign(&memory, alignment, total == 0 ? alignment : total) != 0)
-        return PyErr_NoMemory();
-    for (int i = 0; i < count; i++) part[i] = (char *)memory + offset[i];
-    return hb_memory_owner(memory);
+    char name[HB_DEVICE_TEXT];
+    hb_device_text(device, name);
+    text[0] = '\0';
+    if (device->type != HB_CPU) snprintf(text, HB_DEVICE_SUFFIX, ", device=%s", name);
 }
 
 int hb_dict_take(PyObject *dict, const char *key, PyObject *value)

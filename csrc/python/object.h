@@ -9,13 +9,13 @@
 
 #include "python/common.h"
 
-#define HB_MAX_OWNERS 4
+#define HB_MAX_OWNERS 5
 
 typedef struct {
     PyObject_HEAD
     PyObject *weakrefs;
     PyObject *owner[HB_MAX_OWNERS];
-    const DLPackExchangeAPI *api; // framework of the arrays that properties return; NULL: NumPy
+    hb_origin origin; // where the memory lies, and the framework of the arrays of properties
 } hb_object;
 
 // A tensor in 4 bits.
@@ -55,14 +55,13 @@ extern const char hb_copy_doc[], hb_deepcopy_doc[], hb_reduce_doc[], hb_dlpack_d
 PyObject *hb_object_copy(PyObject *self, PyObject *ignored);
 // __reduce__: (functools.partial(type.from_parts, **parts), ()).
 PyObject *hb_object_reduce(PyObject *self, PyObject *ignored);
-// {"device"}: every type's; "cpu".
+// {"device"}: every type's; "cpu" or "cuda:0".
 PyObject *hb_object_device(PyObject *self, void *closure);
 PyObject *hb_object_dlpack_device(PyObject *self, PyObject *ignored);
 
-// Room for `count` arrays of bytes[i] in one allocation, each aligned to 64 bytes; the pointers go
-// to part[i]. Returns its owner.
-PyObject *hb_memory_new(int count, const int64_t *bytes, void **part);
-
+// ", device=cuda:0" for a repr; nothing on the CPU.
+enum { HB_DEVICE_SUFFIX = HB_DEVICE_TEXT + 16 };
+void hb_device_suffix(const hb_device *device, char *text);
 // Adds `value` (its reference is taken, NULL is an error) to `dict`. 0 or -1.
 int hb_dict_take(PyObject *dict, const char *key, PyObject *value);
 // Rows [*start, *stop) of a slice with step 1 over `length`. 0 or -1 with an exception.

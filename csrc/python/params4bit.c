@@ -1,12 +1,13 @@
 // Params4bit: a tensor in 4 bits, bitsandbytes layout (see core/ops.h).
 //
-// owner[0..3] keep packed, absmax (or its codes), nested_absmax and nested_map alive. An object
-// made by quantize() has one allocation in owner[0]; its nested map is the module's.
+// owner[0..4] keep packed, absmax (or its codes), nested_absmax, nested_map and nested_offset
+// (where that is CUDA memory) alive. An object made by quantize() has one allocation in owner[0]
+// and, when nested, one in owner[1]; on the CPU its nested map is the module's.
 #include "python/object.h"
 #include "python/types.h"
 #include "python/weights4.h"
 
-#include <stdlib.h>
+#include "core/ops_cuda.h"
 
 static inline hb_params4 *params4(PyObject *self)
 {
@@ -29,12 +30,13 @@ static int64_t n_nested_of(const hb_tensor4 *tensor)
 }
 
 static hb_params4 *params4_new(PyTypeObject *type, const hb_tensor4 *tensor, hb_dtype dtype,
-                               int ndim, const int64_t *shape, const DLPackExchangeAPI *api)
+                               int ndim, const int64_t *shape, const hb_origin *origin)
 {
     hb_params4 *self = (hb_params4 *)type->tp_alloc(type, 0);
     if (self == NULL) return NULL;
-    self->base.api = api;
+    self->base.origin = hb_origin_held(*origin);
     self->tensor = *tensor;
+    self->tensor.device = self->base.origin.device;
     self->dtype = dtype;
     self->ndim = ndim;
     self->tensor.rows = ndim > 0 ? shape[0] : 1;
@@ -46,20 +48,38 @@ static hb_params4 *params4_new(PyTypeObject *type, const hb_tensor4 *tensor, hb_
 
 // ---- making -------------------------------------------------------------------------------------
 
-// Fills `self` (double quantization) from float32 scales: codes and nested scales into owner[1].
-static int nest(hb_state *state, hb_params4 *self, const float *absmax)
+// Fills `self` (double quantization) from float32 scales: codes and nested scales into owner[1], on
+// CUDA the offset and the map, too.
+static int nest(hb_state *state, const char *function, const hb_origin *origin, hb_params4 *self,
+                const float *absmax)
 {
     hb_tensor4 *tensor = &self->tensor;
+    const bool cuda = origin->device.type == HB_CUDA;
     tensor->nested_blocksize = 256;
     const int64_t n_blocks = n_blocks_of(tensor);
-    const int64_t bytes[2] = {n_blocks, n_nested_of(tensor) * (int64_t)sizeof(float)};
-    void *part[2];
-    self->base.owner[1] = hb_memory_new(2, bytes, part);
-    if (self->base.owner[1] == NULL) return -1;
+    const int64_t bytes[4] = {n_blocks, n_nested_of(tensor) * (int64_t)sizeof(float),
+                              cuda ? (int64_t)sizeof(float) : 0, cuda ? 256 * 4 : 0};
+    void *part[4], *workspace;
+    PyObject *scratch = NULL;
+    float *map = state->maps[HB_MAP_DYNAMIC];
+    self->base.owner[1] = hb_memory_new(function, origin, 4, bytes, part);
+    if (self->base.owner[1] == NULL ||
+        hb_workspace_new(function, origin, hb_nest_absmax_workspace(&origin->device, n_blocks, 256),
+                         &scratch, &workspace) < 0)
+        return -1;
     hb_error error;
-    hb_status status;
-    HB_WITHOUT_GIL(status, hb_nest_absmax(&state->context, absmax, n_blocks, 256, part[0], part[1],
-                                          &tensor->nested_offset, &error));
+    hb_status status = HB_OK;
+    if (cuda) {
+        status = hb_upload_cuda(function, &origin->device, map, 256, part[3], &error);
+        map = part[3];
+        tensor->nested_offset_at = part[2];
+    }
+    if (status == HB_OK)
+        HB_WITHOUT_GIL(status, hb_nest_absmax(&state->context, &origin->device, absmax, n_blocks,
+                                              256, map, part[0], part[1],
+                                              cuda ? part[2] : (void *)&tensor->nested_offset,
+                                              workspace, &error));
+    Py_XDECREF(scratch);
     if (status != HB_OK) {
         hb_raise(state, status, &error);
         return -1;
@@ -67,7 +87,7 @@ static int nest(hb_state *state, hb_params4 *self, const float *absmax)
     tensor->absmax = NULL;
     tensor->absmax_codes = part[0];
     tensor->nested_absmax = part[1];
-    tensor->nested_map = state->maps[HB_MAP_DYNAMIC];
+    tensor->nested_map = map;
     return 0;
 }
 
@@ -85,14 +105,15 @@ hb_params4 *hb_params4_quantize(hb_state *state, const char *function, const cha
     const int64_t absmax_bytes = n_blocks_of(&tensor) * (int64_t)sizeof(float);
     const int64_t bytes[2] = {hb_packed_bytes(tensor.numel), double_quant ? 0 : absmax_bytes};
     void *part[2], *absmax;
+    const hb_origin origin = hb_origin_of(&in);
     hb_params4 *self = params4_new(state->params4bit_type, &tensor, in.view.dtype, in.view.ndim,
-                                   in.view.shape, in.api);
+                                   in.view.shape, &origin);
     if (self == NULL) goto error;
-    self->base.owner[0] = hb_memory_new(2, bytes, part);
+    self->base.owner[0] = hb_memory_new(function, &origin, 2, bytes, part);
     if (self->base.owner[0] == NULL) goto error;
     absmax = part[1];
     if (double_quant) { // the float32 scales are only needed until they are nested
-        scratch = hb_memory_new(1, &absmax_bytes, &absmax);
+        scratch = hb_memory_new(function, &origin, 1, &absmax_bytes, &absmax);
         if (scratch == NULL) goto error;
     }
     self->tensor.packed = part[0];
@@ -105,7 +126,7 @@ hb_params4 *hb_params4_quantize(hb_state *state, const char *function, const cha
         hb_raise(state, status, &error);
         goto error;
     }
-    if (double_quant && nest(state, self, absmax) < 0) goto error;
+    if (double_quant && nest(state, function, &origin, self, absmax) < 0) goto error;
     Py_XDECREF(scratch);
     hb_array_release(&in);
     return self;
@@ -181,9 +202,9 @@ static PyObject *params4_from_parts(PyObject *type, PyObject *const *args, Py_ss
         hb_weights4_get(state, function, &weights_args, HB_TAKE_KEEP, &weights) < 0)
         return NULL;
     hb_params4 *self = NULL;
+    const hb_origin origin = hb_origin_of(&weights.packed);
     if (hb_weights4_set_numel(function, &weights, numel) == 0)
-        self = params4_new((PyTypeObject *)type, &weights.tensor, dtype, ndim, shape,
-                           weights.packed.api);
+        self = params4_new((PyTypeObject *)type, &weights.tensor, dtype, ndim, shape, &origin);
     if (self == NULL) {
         hb_weights4_release(&weights);
         return NULL;
@@ -192,36 +213,47 @@ static PyObject *params4_from_parts(PyObject *type, PyObject *const *args, Py_ss
     self->base.owner[1] = weights.absmax.owner;
     self->base.owner[2] = weights.nested_absmax.owner;
     self->base.owner[3] = weights.nested_map.owner;
+    self->base.owner[4] = weights.nested_offset.owner;
     return (PyObject *)self;
 }
 
 PyObject *hb_params4_deepcopy(PyObject *op, PyObject *Py_UNUSED(memo))
 {
+    static const char function[] = "Params4bit.__deepcopy__";
+    enum { PARTS = 5 };
+    hb_state *state = hb_state_of(op);
     const hb_tensor4 *source = &params4(op)->tensor;
     const bool nested = is_nested(source);
-    const int64_t bytes[4] = {hb_packed_bytes(source->numel),
-                              n_blocks_of(source) * (nested ? 1 : (int64_t)sizeof(float)),
-                              nested ? n_nested_of(source) * (int64_t)sizeof(float) : 0,
-                              nested ? 256 * (int64_t)sizeof(float) : 0};
-    const void *from[4] = {source->packed,
-                           nested ? (const void *)source->absmax_codes : source->absmax,
-                           source->nested_absmax, source->nested_map};
-    void *part[4];
-    PyObject *owner = hb_memory_new(4, bytes, part);
+    const int64_t bytes[PARTS] = {hb_packed_bytes(source->numel),
+                                  n_blocks_of(source) * (nested ? 1 : (int64_t)sizeof(float)),
+                                  nested ? n_nested_of(source) * (int64_t)sizeof(float) : 0,
+                                  nested ? 256 * (int64_t)sizeof(float) : 0,
+                                  source->nested_offset_at ? (int64_t)sizeof(float) : 0};
+    const void *from[PARTS] = {source->packed,
+                               nested ? (const void *)source->absmax_codes : source->absmax,
+                               source->nested_absmax, source->nested_map, source->nested_offset_at};
+    void *part[PARTS];
+    hb_origin origin;
+    if (hb_origin_enter(state, function, &params4(op)->base.origin, &origin) < 0) return NULL;
+    PyObject *owner = hb_memory_new(function, &origin, PARTS, bytes, part);
     if (owner == NULL) return NULL;
-    for (int i = 0; i < 4; i++)
-        if (bytes[i] > 0) memcpy(part[i], from[i], (size_t)bytes[i]);
+    for (int i = 0; i < PARTS; i++)
+        if (hb_memory_copy(state, function, &origin.device, part[i], from[i], bytes[i]) < 0) {
+            Py_DECREF(owner);
+            return NULL;
+        }
     hb_tensor4 tensor = *source;
     tensor.packed = part[0];
     if (nested) {
         tensor.absmax_codes = part[1];
         tensor.nested_absmax = part[2];
         tensor.nested_map = part[3];
+        if (source->nested_offset_at != NULL) tensor.nested_offset_at = part[4];
     } else {
         tensor.absmax = part[1];
     }
     hb_params4 *self = params4_new(Py_TYPE(op), &tensor, params4(op)->dtype, params4(op)->ndim,
-                                   params4(op)->shape, params4(op)->base.api);
+                                   params4(op)->shape, &origin);
     if (self == NULL)
         Py_DECREF(owner);
     else
@@ -233,20 +265,32 @@ PyObject *hb_params4_deepcopy(PyObject *op, PyObject *Py_UNUSED(memo))
 
 // Scales of blocks [first, first + n) as float32 of our own, for slices that begin inside a nested
 // block.
-static int expand_scales(hb_state *state, const hb_tensor4 *source, int64_t first, int64_t n,
-                         hb_params4 *self)
+static int expand_scales(hb_state *state, const char *function, const hb_tensor4 *source,
+                         int64_t first, int64_t n, hb_params4 *self)
 {
     const int64_t bytes = n * (int64_t)sizeof(float);
     void *part;
-    self->base.owner[1] = hb_memory_new(1, &bytes, &part);
+    hb_origin origin;
+    if (hb_origin_enter(state, function, &self->base.origin, &origin) < 0) return -1;
+    self->base.owner[1] = hb_memory_new(function, &origin, 1, &bytes, &part);
     if (self->base.owner[1] == NULL) return -1;
+    hb_error error;
+    hb_status status = HB_OK;
     Py_BEGIN_ALLOW_THREADS
-    hb_expand_absmax(&state->context, source, first, n, part);
+    if (origin.device.type == HB_CUDA)
+        status = hb_expand_absmax_cuda(function, &origin.device, source, first, n, part, &error);
+    else
+        hb_expand_absmax(&state->context, source, first, n, part);
     Py_END_ALLOW_THREADS
+    if (status != HB_OK) {
+        hb_raise(state, status, &error);
+        return -1;
+    }
     self->tensor.absmax = part;
     self->tensor.absmax_codes = NULL;
     self->tensor.nested_absmax = NULL;
     self->tensor.nested_map = NULL;
+    self->tensor.nested_offset_at = NULL;
     return 0;
 }
 
@@ -284,11 +328,11 @@ static PyObject *params4_subscript(PyObject *op, PyObject *rows)
         tensor.nested_absmax += first / tensor.nested_blocksize;
     }
     hb_params4 *self =
-        params4_new(Py_TYPE(op), &tensor, source->dtype, source->ndim, shape, source->base.api);
+        params4_new(Py_TYPE(op), &tensor, source->dtype, source->ndim, shape, &source->base.origin);
     if (self == NULL) return NULL;
     self->base.owner[0] = Py_NewRef(op);
-    if (expand &&
-        expand_scales(hb_state_of(op), &source->tensor, first, n_blocks_of(&tensor), self) < 0)
+    if (expand && expand_scales(hb_state_of(op), function, &source->tensor, first,
+                                n_blocks_of(&tensor), self) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
 }
@@ -314,16 +358,25 @@ static PyObject *params4_dequantize(PyObject *op, PyObject *const *args, Py_ssiz
     hb_state *state = hb_state_of(op);
     PyObject *value[2];
     hb_dtype dtype;
+    hb_origin origin;
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0 ||
-        hb_result_dtype(state, signature.function, value[0], value[1], self->dtype, &dtype) < 0)
+        hb_result_dtype(state, signature.function, value[0], value[1], self->dtype, &dtype) < 0 ||
+        hb_origin_enter(state, signature.function, &self->base.origin, &origin) < 0)
         return NULL;
-    return hb_dequantize4_run(state, signature.function, &self->tensor, 0, dtype, self->base.api,
+    return hb_dequantize4_run(state, signature.function, &self->tensor, 0, dtype, &origin,
                               self->ndim, self->shape, value[1]);
 }
 
 static PyObject *wrap_part(PyObject *op, const void *data, hb_dtype dtype, int64_t size)
 {
-    return hb_wrap(op, params4(op)->base.api, (void *)(uintptr_t)data, dtype, 1, &size);
+    return hb_wrap(op, &params4(op)->base.origin, (void *)(uintptr_t)data, dtype, 1, &size);
+}
+
+static PyObject *wrap_offset(PyObject *op)
+{
+    const hb_tensor4 *tensor = &params4(op)->tensor;
+    if (tensor->nested_offset_at != NULL) return wrap_part(op, tensor->nested_offset_at, HB_F32, 1);
+    return PyFloat_FromDouble((double)tensor->nested_offset);
 }
 
 static PyObject *get_packed(PyObject *op, void *Py_UNUSED(closure))
@@ -354,8 +407,7 @@ static PyObject *params4_parts(PyObject *op, PyObject *Py_UNUSED(ignored))
         if (hb_dict_take(parts, "nested_absmax",
                          wrap_part(op, tensor->nested_absmax, HB_F32, n_nested_of(tensor))) < 0 ||
             hb_dict_take(parts, "nested_map", wrap_part(op, tensor->nested_map, HB_F32, 256)) < 0 ||
-            hb_dict_take(parts, "nested_offset",
-                         PyFloat_FromDouble((double)tensor->nested_offset)) < 0 ||
+            hb_dict_take(parts, "nested_offset", wrap_offset(op)) < 0 ||
             hb_dict_take(parts, "nested_blocksize", PyLong_FromLongLong(tensor->nested_blocksize)) <
                 0)
             goto error;
@@ -381,8 +433,8 @@ static PyObject *params4_dlpack(PyObject *op, PyObject *const *args, Py_ssize_t 
 {
     const hb_tensor4 *tensor = &params4(op)->tensor;
     const int64_t size = hb_packed_bytes(tensor->numel);
-    return hb_to_dlpack("Params4bit.__dlpack__", op, (void *)(uintptr_t)tensor->packed, HB_U8, 1,
-                        &size, args, n_args, kwnames);
+    return hb_to_dlpack(hb_state_of(op), "Params4bit.__dlpack__", op, &params4(op)->base.origin,
+                        (void *)(uintptr_t)tensor->packed, HB_U8, 1, &size, args, n_args, kwnames);
 }
 
 // ---- properties ---------------------------------------------------------------------------------
@@ -437,12 +489,13 @@ static PyObject *get_bits_per_param(PyObject *op, void *Py_UNUSED(closure))
 static PyObject *params4_repr(PyObject *op)
 {
     const hb_params4 *self = params4(op);
-    char shape[200];
+    char shape[200], device[HB_DEVICE_SUFFIX];
     hb_shape_text(self->shape, self->ndim, shape, sizeof shape);
-    return PyUnicode_FromFormat("Params4bit(%s, shape=%s, blocksize=%lld, dtype=%s%s)",
+    hb_device_suffix(&self->base.origin.device, device);
+    return PyUnicode_FromFormat("Params4bit(%s, shape=%s, blocksize=%lld, dtype=%s%s%s)",
                                 hb_codebook4_get(self->tensor.format)->name, shape,
                                 (long long)self->tensor.blocksize, hb_dtype_name(self->dtype),
-                                is_nested(&self->tensor) ? ", double_quant=True" : "");
+                                is_nested(&self->tensor) ? ", double_quant=True" : "", device);
 }
 
 PyDoc_STRVAR(repr_html_doc, "_repr_html_($self, /)\n--\n\nA table for notebooks.");
@@ -458,6 +511,7 @@ static PyObject *params4_repr_html(PyObject *op, PyObject *Py_UNUSED(ignored))
         {"block size", get_blocksize(op, NULL)},
         {"dtype", get_dtype(op, NULL)},
         {"double quantization", PyUnicode_FromString(is_nested(tensor) ? "yes" : "no")},
+        {"device", hb_object_device(op, NULL)},
         {"bytes", PyLong_FromLongLong(bytes)},
         {"bits per parameter", hb_text_decimal(bits_per_param(tensor), "")},
         {"compression", hb_text_decimal(bytes == 0 ? 1.0 : dense / (double)bytes, "x")},
@@ -486,7 +540,7 @@ static PyGetSetDef properties[] = {
     {"blocksize", get_blocksize, NULL, "Elements that share a scale.", NULL},
     {"shape", get_shape, NULL, "Shape of the tensor that was quantized.", NULL},
     {"dtype", get_dtype, NULL, "Dtype of the tensor that was quantized.", NULL},
-    {"device", hb_object_device, NULL, "\"cpu\".", NULL},
+    {"device", hb_object_device, NULL, "\"cpu\" or \"cuda:0\".", NULL},
     {"double_quant", get_double_quant, NULL, "Are the scales nested?", NULL},
     {"nbytes", get_nbytes, NULL, "Bytes of all arrays in parts().", NULL},
     {"bits_per_param", get_bits_per_param, NULL, "8 * nbytes / numel.", NULL},

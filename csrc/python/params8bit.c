@@ -1,5 +1,5 @@
 // Params8bit: a tensor in 8-bit codes, block-wise, with a 256-entry map. owner[0..2] keep codes,
-// absmax and map alive; a named map is the module's and needs none.
+// absmax and map alive; a named map is the module's and needs none, on CUDA a copy.
 #include "python/object.h"
 #include "python/types.h"
 #include "python/weights8.h"
@@ -15,11 +15,11 @@ static int64_t n_blocks_of(const hb_params8 *self)
 }
 
 static hb_params8 *params8_new(PyTypeObject *type, const hb_tensor8 *tensor, hb_dtype dtype,
-                               int ndim, const int64_t *shape, const DLPackExchangeAPI *api)
+                               int ndim, const int64_t *shape, const hb_origin *origin)
 {
     hb_params8 *self = (hb_params8 *)type->tp_alloc(type, 0);
     if (self == NULL) return NULL;
-    self->base.api = api;
+    self->base.origin = hb_origin_held(*origin);
     self->codes = tensor->codes;
     self->absmax = tensor->absmax;
     self->map = tensor->map;
@@ -49,18 +49,22 @@ static PyObject *params8_quantize(PyObject *type, PyObject *const *args, Py_ssiz
     hb_state *state = PyType_GetModuleState((PyTypeObject *)type);
     PyObject *value[4], *owner = NULL;
     hb_params8 *self = NULL;
-    hb_tensor8 tensor = {.map = state->maps[HB_MAP_DYNAMIC], .blocksize = 256};
+    hb_tensor8 tensor = {.blocksize = 256};
+    hb_origin origin = {0};
     hb_array x = {0}, map = {0};
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0 ||
         hb_arg_blocksize8(function, "blocksize", value[2], &tensor.blocksize) < 0 ||
         hb_quantizer_input(state, function, "x", value[0], value[3], &x) < 0 ||
-        (value[1] != NULL &&
-         hb_map8_get(state, value[1], function, HB_TAKE_KEEP, &map, &tensor.map) < 0))
+        (origin = hb_origin_of(&x),
+         value[1] == NULL
+             ? hb_map8_known(state, function, HB_MAP_DYNAMIC, &origin, &map, &tensor.map) < 0
+             : hb_map8_get(state, value[1], function, "map", HB_TAKE_KEEP, &origin, &map,
+                           &tensor.map) < 0))
         goto done;
     const int64_t numel = hb_view_numel(&x.view);
     const int64_t bytes[2] = {numel, hb_ceil_div(numel, tensor.blocksize) * (int64_t)sizeof(float)};
     void *part[2];
-    owner = hb_memory_new(2, bytes, part);
+    owner = hb_memory_new(function, &origin, 2, bytes, part);
     if (owner == NULL) goto done;
     tensor.codes = part[0];
     tensor.absmax = part[1];
@@ -72,8 +76,8 @@ static PyObject *params8_quantize(PyObject *type, PyObject *const *args, Py_ssiz
         hb_raise(state, status, &error);
         goto done;
     }
-    self =
-        params8_new((PyTypeObject *)type, &tensor, x.view.dtype, x.view.ndim, x.view.shape, x.api);
+    self = params8_new((PyTypeObject *)type, &tensor, x.view.dtype, x.view.ndim, x.view.shape,
+                       &origin);
     if (self == NULL) goto done;
     self->base.owner[0] = owner; // references move
     self->base.owner[2] = map.owner;
@@ -106,6 +110,7 @@ static PyObject *params8_from_parts(PyObject *type, PyObject *const *args, Py_ss
     hb_params8 *self = NULL;
     hb_tensor8 tensor = {0};
     hb_array codes = {0}, absmax = {0}, map = {0};
+    hb_origin origin = {0};
     int ndim = 0;
     int64_t shape[HB_MAX_NDIM], numel = 0;
     hb_dtype dtype = HB_F32;
@@ -116,13 +121,16 @@ static PyObject *params8_from_parts(PyObject *type, PyObject *const *args, Py_ss
         hb_arg_dtype(function, "dtype", value[5], &dtype) < 0 ||
         hb_array_get(state, value[0], function, "codes", HB_TAKE_U8 | take, &codes) < 0 ||
         hb_array_get(state, value[1], function, "absmax", HB_TAKE_F32 | take, &absmax) < 0 ||
-        hb_map8_get(state, value[2], function, HB_TAKE_KEEP, &map, &tensor.map) < 0 ||
+        (origin = hb_origin_of(&codes),
+         hb_check_device(function, "absmax", &absmax, &origin.device) < 0) ||
+        hb_map8_get(state, value[2], function, "map", HB_TAKE_KEEP, &origin, &map, &tensor.map) <
+            0 ||
         hb_check_numel(function, "codes", &codes, numel) < 0 ||
         hb_check_numel(function, "absmax", &absmax, hb_ceil_div(numel, tensor.blocksize)) < 0)
         goto done;
     tensor.codes = codes.view.data;
     tensor.absmax = absmax.view.data;
-    self = params8_new((PyTypeObject *)type, &tensor, dtype, ndim, shape, codes.api);
+    self = params8_new((PyTypeObject *)type, &tensor, dtype, ndim, shape, &origin);
     if (self == NULL) goto done;
     self->base.owner[0] = codes.owner; // references move
     self->base.owner[1] = absmax.owner;
@@ -141,15 +149,22 @@ static PyObject *params8_deepcopy(PyObject *op, PyObject *Py_UNUSED(memo))
     const int64_t bytes[3] = {source->numel, n_blocks_of(source) * (int64_t)sizeof(float),
                               256 * (int64_t)sizeof(float)};
     const void *from[3] = {source->codes, source->absmax, source->map};
+    static const char function[] = "Params8bit.__deepcopy__";
+    hb_state *state = hb_state_of(op);
     void *part[3];
-    PyObject *owner = hb_memory_new(3, bytes, part);
+    hb_origin origin;
+    if (hb_origin_enter(state, function, &source->base.origin, &origin) < 0) return NULL;
+    PyObject *owner = hb_memory_new(function, &origin, 3, bytes, part);
     if (owner == NULL) return NULL;
     for (int i = 0; i < 3; i++)
-        if (bytes[i] > 0) memcpy(part[i], from[i], (size_t)bytes[i]);
+        if (hb_memory_copy(state, function, &origin.device, part[i], from[i], bytes[i]) < 0) {
+            Py_DECREF(owner);
+            return NULL;
+        }
     const hb_tensor8 tensor = {
         .codes = part[0], .absmax = part[1], .map = part[2], .blocksize = source->blocksize};
-    hb_params8 *self = params8_new(Py_TYPE(op), &tensor, source->dtype, source->ndim, source->shape,
-                                   source->base.api);
+    hb_params8 *self =
+        params8_new(Py_TYPE(op), &tensor, source->dtype, source->ndim, source->shape, &origin);
     if (self == NULL)
         Py_DECREF(owner);
     else
@@ -178,32 +193,34 @@ static PyObject *params8_dequantize(PyObject *op, PyObject *const *args, Py_ssiz
     hb_state *state = hb_state_of(op);
     PyObject *value[2];
     hb_dtype dtype;
+    hb_origin origin;
     if (hb_parse_args(&signature, args, n_args, kwnames, value) < 0 ||
-        hb_result_dtype(state, signature.function, value[0], value[1], self->dtype, &dtype) < 0)
+        hb_result_dtype(state, signature.function, value[0], value[1], self->dtype, &dtype) < 0 ||
+        hb_origin_enter(state, signature.function, &self->base.origin, &origin) < 0)
         return NULL;
     const hb_tensor8 tensor = {self->codes, self->absmax, self->map, self->blocksize};
-    return hb_dequantize8_run(state, signature.function, &tensor, dtype, self->base.api, self->ndim,
+    return hb_dequantize8_run(state, signature.function, &tensor, dtype, &origin, self->ndim,
                               self->shape, value[1]);
 }
 
 static PyObject *get_codes(PyObject *op, void *Py_UNUSED(closure))
 {
     const hb_params8 *self = params8(op);
-    return hb_wrap(op, self->base.api, (void *)(uintptr_t)self->codes, HB_U8, self->ndim,
+    return hb_wrap(op, &self->base.origin, (void *)(uintptr_t)self->codes, HB_U8, self->ndim,
                    self->shape);
 }
 
 static PyObject *get_absmax(PyObject *op, void *Py_UNUSED(closure))
 {
     const int64_t size = n_blocks_of(params8(op));
-    return hb_wrap(op, params8(op)->base.api, (void *)(uintptr_t)params8(op)->absmax, HB_F32, 1,
+    return hb_wrap(op, &params8(op)->base.origin, (void *)(uintptr_t)params8(op)->absmax, HB_F32, 1,
                    &size);
 }
 
 static PyObject *get_map(PyObject *op, void *Py_UNUSED(closure))
 {
     const int64_t size = 256;
-    return hb_wrap(op, params8(op)->base.api, (void *)(uintptr_t)params8(op)->map, HB_F32, 1,
+    return hb_wrap(op, &params8(op)->base.origin, (void *)(uintptr_t)params8(op)->map, HB_F32, 1,
                    &size);
 }
 
@@ -265,17 +282,19 @@ static PyObject *params8_dlpack(PyObject *op, PyObject *const *args, Py_ssize_t 
                                 PyObject *kwnames)
 {
     const hb_params8 *self = params8(op);
-    return hb_to_dlpack("Params8bit.__dlpack__", op, (void *)(uintptr_t)self->codes, HB_U8,
-                        self->ndim, self->shape, args, n_args, kwnames);
+    return hb_to_dlpack(hb_state_of(op), "Params8bit.__dlpack__", op, &self->base.origin,
+                        (void *)(uintptr_t)self->codes, HB_U8, self->ndim, self->shape, args,
+                        n_args, kwnames);
 }
 
 static PyObject *params8_repr(PyObject *op)
 {
     const hb_params8 *self = params8(op);
-    char shape[200];
+    char shape[200], device[HB_DEVICE_SUFFIX];
     hb_shape_text(self->shape, self->ndim, shape, sizeof shape);
-    return PyUnicode_FromFormat("Params8bit(shape=%s, blocksize=%lld, dtype=%s)", shape,
-                                (long long)self->blocksize, hb_dtype_name(self->dtype));
+    hb_device_suffix(&self->base.origin.device, device);
+    return PyUnicode_FromFormat("Params8bit(shape=%s, blocksize=%lld, dtype=%s%s)", shape,
+                                (long long)self->blocksize, hb_dtype_name(self->dtype), device);
 }
 
 PyDoc_STRVAR(repr_html_doc, "_repr_html_($self, /)\n--\n\nA table for notebooks.");
@@ -290,6 +309,7 @@ static PyObject *params8_repr_html(PyObject *op, PyObject *Py_UNUSED(ignored))
         {"quant type", PyUnicode_FromString("8 bits, 256-entry map")},
         {"block size", get_blocksize(op, NULL)},
         {"dtype", get_dtype(op, NULL)},
+        {"device", hb_object_device(op, NULL)},
         {"bytes", PyLong_FromLongLong(bytes)},
         {"bits per parameter", hb_text_decimal(bits_per_param(self), "")},
         {"compression", hb_text_decimal(bytes == 0 ? 1.0 : dense / (double)bytes, "x")},
@@ -318,7 +338,7 @@ static PyGetSetDef properties[] = {
     {"blocksize", get_blocksize, NULL, "Elements that share a scale.", NULL},
     {"shape", get_shape, NULL, "Shape of the tensor that was quantized.", NULL},
     {"dtype", get_dtype, NULL, "Dtype of the tensor that was quantized.", NULL},
-    {"device", hb_object_device, NULL, "\"cpu\".", NULL},
+    {"device", hb_object_device, NULL, "\"cpu\" or \"cuda:0\".", NULL},
     {"nbytes", get_nbytes, NULL, "Bytes of all arrays in parts().", NULL},
     {"bits_per_param", get_bits_per_param, NULL, "8 * nbytes / numel.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -37,7 +37,9 @@ typedef struct {
     PyObject *str_is_neg;         // "is_neg"
     PyObject *str_resolve_neg;    // "resolve_neg"
     PyObject *dlpack_kwnames;     // ("max_version",)
+    PyObject *dlpack_kwnames_gpu; // ("max_version", "stream")
     PyObject *dlpack_max_version; // (1, 3)
+    PyObject *dlpack_stream;      // 1: the legacy default stream
 
     // Types with an exchange table, in the order they were met. A slot is written once (compare and
     // swap) and never changes, so that readers need no lock.

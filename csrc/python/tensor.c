@@ -1,6 +1,7 @@
 // From "anything that carries a tensor" to a checked hb_view, and results back.
 #include "python/tensor.h"
 #include "python/args.h"
+#include "python/device.h"
 
 #include <stdlib.h>
 
@@ -50,25 +51,31 @@ static const char *device_name(DLDeviceType type)
     case kDLROCM: return "rocm";
     case kDLMetal: return "metal";
     case kDLOneAPI: return "xpu";
-    default: return "device type";
+    default: return NULL;
     }
 }
 
-int hb_check_device(const DLTensor *tensor, const char *function, const char *name)
+int hb_device_from_dlpack(DLDevice device, const char *function, const char *name,
+                          hb_device *result)
 {
-    int type = (int)tensor->device.device_type;
+    const int type = (int)device.device_type;
+    *result = (hb_device){.type = HB_CPU};
     if (type == kDLCPU || type == kDLCUDAHost || type == kDLROCMHost) return 0;
+    if (type == kDLCUDA || type == kDLCUDAManaged) {
+        *result = (hb_device){.type = HB_CUDA, .index = device.device_id};
+        if (device.device_id >= 0) return 0;
+    }
     const char *text = device_name((DLDeviceType)type);
-    if (strcmp(text, "device type") == 0)
+    if (text == NULL)
         PyErr_Format(PyExc_BufferError,
-                     "%s: %s, expected memory of the processor (cpu), got DLPack device type %d",
+                     "%s: %s, expected memory of the processor (cpu) or of a CUDA device, got "
+                     "DLPack device type %d",
                      function, name, type);
     else
-        PyErr_Format(
-            PyExc_BufferError,
-            "%s: %s, expected memory of the processor (cpu; this build has no GPU library), "
-            "got %s:%d",
-            function, name, text, tensor->device.device_id);
+        PyErr_Format(PyExc_BufferError,
+                     "%s: %s, expected memory of the processor (cpu) or of a CUDA device, got "
+                     "%s:%d",
+                     function, name, text, device.device_id);
     return -1;
 }
 
@@ -121,7 +128,8 @@ int hb_array_fill(const DLTensor *tensor, bool readonly, const char *function, c
                   hb_array *array)
 {
     hb_view *view = &array->view;
-    if (hb_check_device(tensor, function, name) < 0) return -1;
+    if (hb_device_from_dlpack(tensor->device, function, name, &view->device) < 0) return -1;
+    array->managed = tensor->device.device_type == kDLCUDAManaged;
     if (tensor->ndim < 0 || tensor->ndim > HB_MAX_NDIM ||
         (tensor->ndim > 0 && tensor->shape == NULL)) {
         PyErr_Format(PyExc_ValueError, "%s: %s, expected 0 to %d dimensions, got %d", function,
@@ -130,7 +138,6 @@ int hb_array_fill(const DLTensor *tensor, bool readonly, const char *function, c
     }
     array->type = tensor->dtype;
     view->dtype = dtype_of(tensor->dtype);
-    view->device = (hb_device){HB_CPU, 0};
     view->ndim = tensor->ndim;
     view->readonly = readonly;
 
@@ -245,9 +252,10 @@ static int check_writable(const char *function, const char *name, unsigned take,
     return 0;
 }
 
-int hb_array_own(hb_array *array)
+int hb_array_own(hb_state *state, const char *function, hb_array *array)
 {
     hb_view *view = &array->view;
+    if (view->device.type == HB_CUDA) return hb_device_own(state, function, array);
     size_t bytes = (size_t)hb_view_numel(view) * hb_dtype_bytes(view->dtype);
     void *memory = malloc(bytes == 0 ? 1 : bytes);
     if (memory == NULL) {
@@ -267,17 +275,20 @@ int hb_array_own(hb_array *array)
     return 0;
 }
 
-static int finish(const char *function, const char *name, unsigned take, hb_array *array)
+static int finish(hb_state *state, const char *function, const char *name, unsigned take,
+                  hb_array *array)
 {
     hb_view *view = &array->view;
+    const bool cuda = view->device.type == HB_CUDA;
+    if (cuda && hb_device_enter(state, function, name, array) < 0) return -1;
     if (check_dtype(function, name, take, array) < 0) return -1;
     bool aligned = (uintptr_t)view->data % hb_dtype_bytes(view->dtype) == 0;
     bool flat = take & (HB_TAKE_FLAT | HB_TAKE_BYTES);
     if (take & HB_TAKE_BYTES) aligned = true; // bytes have no alignment
     if (take & HB_TAKE_WRITABLE) {
         if (check_writable(function, name, take, aligned, view) < 0) return -1;
-    } else if (!aligned || (flat && !hb_view_is_contiguous(view))) {
-        if (hb_array_own(array) < 0) return -1;
+    } else if (!aligned || ((flat || cuda) && !hb_view_is_contiguous(view))) {
+        if (hb_array_own(state, function, array) < 0) return -1;
     }
     if (take & HB_TAKE_BYTES) {
         view->shape[0] = hb_view_numel(view) * (int64_t)hb_dtype_bytes(view->dtype);
@@ -368,7 +379,7 @@ int hb_array_get(hb_state *state, PyObject *object, const char *function, const 
     array->owner = NULL;
     array->api = NULL;
     if (find_producer(state, object, function, name, take, array) == 0 &&
-        finish(function, name, take, array) == 0)
+        finish(state, function, name, take, array) == 0)
         return 0;
     hb_array_release(array);
     return -1;
@@ -393,22 +404,24 @@ static int check_output(const char *function, const char *name, hb_dtype dtype, 
 }
 
 PyObject *hb_output(hb_state *state, PyObject *out, const char *function, const char *name,
-                    const DLPackExchangeAPI *api, hb_dtype dtype, int ndim, const int64_t *shape,
+                    const hb_origin *origin, hb_dtype dtype, int ndim, const int64_t *shape,
                     unsigned take, hb_array *array)
 {
     array->owner = NULL;
     if (hb_given(out)) {
         take |= HB_TAKE_WRITABLE | 1u << dtype;
         if (hb_array_get(state, out, function, name, take, array) < 0) return NULL;
-        if (check_output(function, name, dtype, ndim, shape, &array->view) < 0) {
+        if (check_output(function, name, dtype, ndim, shape, &array->view) < 0 ||
+            hb_check_device(function, name, array, &origin->device) < 0) {
             hb_array_release(array);
             return NULL;
         }
         return Py_NewRef(out);
     }
     hb_view *view = &array->view;
-    *view = (hb_view){.dtype = dtype, .device = {HB_CPU, 0}, .ndim = ndim};
-    array->api = api;
+    *view = (hb_view){.dtype = dtype, .device = origin->device, .ndim = ndim};
+    array->api = origin->api;
+    array->managed = false;
     int64_t stride = 1;
     for (int d = ndim - 1; d >= 0; d--) {
         view->shape[d] = shape[d];
@@ -419,8 +432,13 @@ PyObject *hb_output(hb_state *state, PyObject *out, const char *function, const 
             return NULL;
         }
     }
-    return api != NULL ? hb_exchange_new(api, dtype, ndim, shape, &view->data)
-                       : hb_numpy_new(dtype, ndim, shape, &view->data);
+    if (origin->api != NULL) return hb_exchange_new(origin, dtype, ndim, shape, &view->data);
+    if (origin->device.type == HB_CPU) return hb_numpy_new(dtype, ndim, shape, &view->data);
+    PyErr_Format(PyExc_BufferError,
+                 "%s: %s, expected an output array on cuda:%d (the input's framework offers no "
+                 "allocator: it has no __dlpack_c_exchange_api__), got none",
+                 function, name, (int)origin->device.index);
+    return NULL;
 }
 
 // The bytes [*low, *high) that the view can touch.

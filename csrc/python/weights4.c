@@ -4,10 +4,35 @@
 #include "python/weights4.h"
 #include "python/common.h"
 
+#include "core/ops_cuda.h"
+
+// The offset: a number, or float32 [1]. On CUDA the latter stays where it is: nobody waits for it.
+static int get_offset(hb_state *state, const char *function, PyObject *value, unsigned take,
+                      hb_weights4 *weights)
+{
+    static const char name[] = "nested_offset";
+    hb_tensor4 *tensor = &weights->tensor;
+    hb_array *array = &weights->nested_offset;
+    if (weights->packed.view.device.type == HB_CPU || value == NULL || PyFloat_Check(value) ||
+        PyLong_Check(value))
+        return hb_arg_float(function, name, value, &tensor->nested_offset);
+    if (hb_array_get(state, value, function, name, HB_TAKE_F32 | HB_TAKE_FLAT | take, array) < 0 ||
+        hb_check_numel(function, name, array, 1) < 0)
+        return -1;
+    if (array->view.device.type == HB_CPU) {
+        tensor->nested_offset = *(const float *)array->view.data;
+        hb_array_release(array);
+        return 0;
+    }
+    tensor->nested_offset_at = array->view.data;
+    return hb_check_device(function, name, array, &tensor->device);
+}
+
 static int get_nested(hb_state *state, const char *function, const hb_weights4_args *args,
                       unsigned take, hb_weights4 *weights)
 {
     hb_tensor4 *tensor = &weights->tensor;
+    const hb_origin from = hb_origin_of(&weights->packed), *origin = &from;
     if (!hb_given(args->nested_absmax) || !hb_given(args->nested_map)) {
         PyErr_Format(PyExc_ValueError,
                      "%s: absmax, expected float32 (or uint8 with nested_absmax and nested_map), "
@@ -20,7 +45,9 @@ static int get_nested(hb_state *state, const char *function, const hb_weights4_a
         hb_array_get(state, args->nested_map, function, "nested_map",
                      HB_TAKE_F32 | HB_TAKE_FLAT | take, &weights->nested_map) < 0 ||
         hb_check_numel(function, "nested_map", &weights->nested_map, 256) < 0 ||
-        hb_arg_float(function, "nested_offset", args->nested_offset, &tensor->nested_offset) < 0 ||
+        hb_check_device(function, "nested_absmax", &weights->nested_absmax, &tensor->device) < 0 ||
+        hb_table_move(state, function, "nested_map", origin, &weights->nested_map) < 0 ||
+        get_offset(state, function, args->nested_offset, take, weights) < 0 ||
         hb_arg_int64(function, "nested_blocksize", args->nested_blocksize,
                      &tensor->nested_blocksize) < 0)
         return -1;
@@ -48,6 +75,8 @@ int hb_weights4_get(hb_state *state, const char *function, const hb_weights4_arg
                      HB_TAKE_F32 | HB_TAKE_U8 | HB_TAKE_FLAT | take, &weights->absmax) < 0)
         goto error;
     tensor->packed = weights->packed.view.data;
+    tensor->device = weights->packed.view.device;
+    if (hb_check_device(function, "absmax", &weights->absmax, &tensor->device) < 0) goto error;
     if (weights->absmax.view.dtype == HB_U8) {
         if (get_nested(state, function, args, take, weights) < 0) goto error;
     } else {
@@ -72,6 +101,7 @@ void hb_weights4_release(hb_weights4 *weights)
     hb_array_release(&weights->absmax);
     hb_array_release(&weights->nested_absmax);
     hb_array_release(&weights->nested_map);
+    hb_array_release(&weights->nested_offset);
 }
 
 int hb_weights4_set_numel(const char *function, hb_weights4 *weights, int64_t numel)
@@ -111,15 +141,18 @@ static int check_tensor_overlap(const char *function, const hb_array *out, const
 }
 
 PyObject *hb_dequantize4_run(hb_state *state, const char *function, const hb_tensor4 *tensor,
-                             int64_t start, hb_dtype dtype, const DLPackExchangeAPI *api, int ndim,
+                             int64_t start, hb_dtype dtype, const hb_origin *origin, int ndim,
                              const int64_t *shape, PyObject *out)
 {
     hb_array result;
+    hb_view strided;
     unsigned take = dtype == HB_BF16 ? HB_TAKE_U16_AS_BF16 : 0;
     PyObject *object =
-        hb_output(state, out, function, "out", api, dtype, ndim, shape, take, &result);
+        hb_output(state, out, function, "out", origin, dtype, ndim, shape, take, &result);
     if (object == NULL) return NULL;
     if (hb_given(out) && check_tensor_overlap(function, &result, tensor) < 0) goto error;
+    const int staged = hb_stage_begin(function, &result, &strided);
+    if (staged < 0) goto error;
     hb_error error;
     hb_status status;
     HB_WITHOUT_GIL(status,
@@ -128,6 +161,7 @@ PyObject *hb_dequantize4_run(hb_state *state, const char *function, const hb_ten
         hb_raise(state, status, &error);
         goto error;
     }
+    if (staged > 0 && hb_stage_end(state, function, &result, &strided) < 0) goto error;
     hb_array_release(&result);
     return object;
 error:
@@ -140,15 +174,20 @@ PyObject *hb_linear4_run(hb_state *state, const hb_linear4_call *call, const hb_
                          PyObject *input, PyObject *out)
 {
     hb_array in, result;
+    hb_view strided;
+    PyObject *scratch = NULL;
+    void *workspace = NULL;
     result.owner = NULL;
     if (hb_array_get(state, input, call->function, call->input_name, HB_TAKE_IO, &in) < 0)
         return NULL;
     PyObject *object = NULL;
     int64_t shape[HB_MAX_NDIM];
     if (hb_layer_shape(call->function, call->input_name, &in.view, tensor->rows, tensor->depth,
-                       call->backward, shape) < 0)
+                       call->backward, shape) < 0 ||
+        hb_check_device(call->function, call->input_name, &in, &tensor->device) < 0)
         goto error;
-    object = hb_output(state, out, call->function, "out", in.api, in.view.dtype, in.view.ndim,
+    const hb_origin origin = hb_origin_of(&in);
+    object = hb_output(state, out, call->function, "out", &origin, in.view.dtype, in.view.ndim,
                        shape, 0, &result);
     if (object == NULL) goto error;
     if (hb_given(out)) {
@@ -156,22 +195,33 @@ PyObject *hb_linear4_run(hb_state *state, const hb_linear4_call *call, const hb_
             check_tensor_overlap(call->function, &result, tensor) < 0)
             goto error;
     }
+    const int staged = hb_stage_begin(call->function, &result, &strided);
+    if (staged < 0) goto error;
+    if (origin.device.type == HB_CUDA &&
+        hb_workspace_new(call->function, &origin,
+                         hb_linear_4bit_workspace(&in.view, tensor, call->backward), &scratch,
+                         &workspace) < 0)
+        goto error;
     hb_error error;
     hb_status status;
     if (call->backward)
-        HB_WITHOUT_GIL(status, hb_linear_4bit_grad_input(&state->context, &in.view, tensor,
-                                                         call->compute, &result.view, &error));
+        HB_WITHOUT_GIL(status,
+                       hb_linear_4bit_grad_input(&state->context, &in.view, tensor, call->compute,
+                                                 &result.view, workspace, &error));
     else
         HB_WITHOUT_GIL(status, hb_linear_4bit(&state->context, &in.view, tensor, call->bias,
-                                              call->compute, &result.view, &error));
+                                              call->compute, &result.view, workspace, &error));
     if (status != HB_OK) {
         hb_raise(state, status, &error);
         goto error;
     }
+    if (staged > 0 && hb_stage_end(state, call->function, &result, &strided) < 0) goto error;
+    Py_XDECREF(scratch);
     hb_array_release(&in);
     hb_array_release(&result);
     return object;
 error:
+    Py_XDECREF(scratch);
     hb_array_release(&in);
     hb_array_release(&result);
     Py_XDECREF(object);

@@ -3,7 +3,7 @@
 #define HB_PYTHON_WEIGHTS4_H
 
 #include "python/args.h"
-#include "python/tensor.h"
+#include "python/device.h"
 
 // The Python arguments; NULL where not given.
 typedef struct {
@@ -11,10 +11,11 @@ typedef struct {
     PyObject *nested_absmax, *nested_map, *nested_offset, *nested_blocksize;
 } hb_weights4_args;
 
-// `tensor` points into the arrays; numel, rows and depth are the caller's to set.
+// `tensor` points into the arrays; numel, rows and depth are the caller's to set. All lie on
+// packed's device, in the order of its stream. nested_offset: only where it stays in CUDA memory.
 typedef struct {
     hb_tensor4 tensor;
-    hb_array packed, absmax, nested_absmax, nested_map;
+    hb_array packed, absmax, nested_absmax, nested_map, nested_offset;
 } hb_weights4;
 
 // Reads the arrays (take: HB_TAKE_KEEP or 0) and checks every dtype. On failure nothing is held.
@@ -28,9 +29,9 @@ static inline int64_t hb_packed_bytes(int64_t numel)
     return numel / 2 + numel % 2;
 }
 
-// Elements [start, start + numel(shape)) into `out` or a new array of `api`'s framework.
+// Elements [start, start + numel(shape)) into `out` or a new array of origin's framework.
 PyObject *hb_dequantize4_run(hb_state *state, const char *function, const hb_tensor4 *tensor,
-                             int64_t start, hb_dtype dtype, const DLPackExchangeAPI *api, int ndim,
+                             int64_t start, hb_dtype dtype, const hb_origin *origin, int ndim,
                              const int64_t *shape, PyObject *out);
 
 // y = x W^T + b, or dx = dy W (backward): reads `input`, makes or checks the output, runs the core.

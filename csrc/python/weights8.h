@@ -2,7 +2,7 @@
 #ifndef HB_PYTHON_WEIGHTS8_H
 #define HB_PYTHON_WEIGHTS8_H
 
-#include "python/tensor.h"
+#include "python/device.h"
 
 // Row-wise int8: codes [..., depth], scale [rows], rows the product of the leading dimensions.
 typedef struct {
@@ -27,12 +27,12 @@ int hb_rows8_check_matrix(const char *function, const hb_rows8 *rows);
 // A finite threshold >= 0.
 int hb_arg_threshold(const char *function, PyObject *value, float *result);
 
-// Results go to `out` or a new array of `api`'s framework.
+// Results go to `out` or a new array of origin's framework; the memory given is of its device.
 PyObject *hb_dequantize_rows8_run(hb_state *state, const char *function, const int8_t *codes,
-                                  const float *scale, hb_dtype dtype, const DLPackExchangeAPI *api,
+                                  const float *scale, hb_dtype dtype, const hb_origin *origin,
                                   int ndim, const int64_t *shape, PyObject *out);
 PyObject *hb_dequantize8_run(hb_state *state, const char *function, const hb_tensor8 *tensor,
-                             hb_dtype dtype, const DLPackExchangeAPI *api, int ndim,
+                             hb_dtype dtype, const hb_origin *origin, int ndim,
                              const int64_t *shape, PyObject *out);
 
 // y = x W^T + b, or dx = dy W (backward).
@@ -42,6 +42,7 @@ typedef struct {
     hb_int8_mode mode;
     float threshold;
     const hb_view *bias; // forward only; may be NULL
+    hb_device device;    // of the weight
 } hb_linear8_call;
 PyObject *hb_linear8_run(hb_state *state, const hb_linear8_call *call, const int8_t *codes,
                          const float *scale, int64_t rows, int64_t depth, PyObject *input,

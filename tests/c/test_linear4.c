@@ -359,7 +359,7 @@ static hb_view random_view(check *c, int64_t m, int64_t cols, hb_dtype dtype, bo
     }
     return (hb_view){.data = data,
                      .dtype = dtype,
-                     .device = {HB_CPU, 0},
+                     .device = {HB_CPU, 0, NULL},
                      .ndim = 2,
                      .shape = {m, cols},
                      .stride = {row_stride, col_stride}};
@@ -417,9 +417,10 @@ static void check_op(check *c, const op_case *o)
         hb_view y = random_view(c, o->m, outputs, o->y_dtype, o->strided, NULL);
         hb_error error = {{0}};
         hb_status status =
-            o->backward ? hb_linear_4bit_grad_input(c->context, &x, &tensor, compute, &y, &error)
-                        : hb_linear_4bit(c->context, &x, &tensor, o->biased ? &bias : NULL, compute,
-                                         &y, &error);
+            o->backward
+                ? hb_linear_4bit_grad_input(c->context, &x, &tensor, compute, &y, NULL, &error)
+                : hb_linear_4bit(c->context, &x, &tensor, o->biased ? &bias : NULL, compute, &y,
+                                 NULL, &error);
         CHECK(c, status == HB_OK, "status %d: %s", (int)status, error.text);
         for (int64_t i = 0; i < o->m * outputs; i++) {
             int64_t at = i / outputs * y.stride[0] + i % outputs * y.stride[1];

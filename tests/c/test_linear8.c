@@ -218,7 +218,7 @@ static tensor make(check *c, int ndim, int64_t rows, int64_t cols, hb_dtype dtyp
     const size_t item = hb_dtype_bytes(dtype);
     int64_t extent =
         rows > 0 && cols > 0 ? (rows - 1) * row_stride + (cols - 1) * col_stride + 1 : 0;
-    tensor t = {.view = {.dtype = dtype, .device = {HB_CPU, 0}, .ndim = 2}};
+    tensor t = {.view = {.dtype = dtype, .device = {HB_CPU, 0, NULL}, .ndim = 2}};
     t.view.data = check_buffer(c, (size_t)extent * item, CHECK_END);
     t.view.shape[0] = rows, t.view.shape[1] = cols;
     t.view.stride[0] = row_stride, t.view.stride[1] = col_stride;
@@ -309,9 +309,9 @@ static void check_exact(check *c, hb_dtype dtype)
     check_label(c, "exact %s, x [%d, %d], %d rows", hb_dtype_name(dtype), (int)l.m, (int)l.depth,
                 (int)l.rows);
     hb_error error = {""};
-    hb_status status =
-        hb_linear_8bit(c->context, &l.x.view, l.codes, l.scale, l.rows, l.depth,
-                       with_bias ? &l.bias.view : NULL, HB_INT8_EXACT, 0.0f, &l.y.view, &error);
+    hb_status status = hb_linear_8bit(c->context, &l.x.view, l.codes, l.scale, l.rows, l.depth,
+                                      with_bias ? &l.bias.view : NULL, HB_INT8_EXACT, 0.0f,
+                                      &l.y.view, NULL, &error);
     CHECK(c, status == HB_OK, "status %d: %s", status, error.text);
     for (int64_t m = 0; m < l.m; m++)
         for (int64_t r = 0; r < l.rows; r++) {
@@ -335,7 +335,7 @@ static void check_grad(check *c, hb_dtype dtype)
                 (int)l.depth);
     hb_error error = {""};
     hb_status status = hb_linear_8bit_grad_input(c->context, &l.x.view, l.codes, l.scale, l.rows,
-                                                 l.depth, &l.y.view, &error);
+                                                 l.depth, &l.y.view, NULL, &error);
     CHECK(c, status == HB_OK, "status %d: %s", status, error.text);
     for (int64_t m = 0; m < l.m; m++)
         for (int64_t k = 0; k < l.depth; k++) {
@@ -367,7 +367,7 @@ static void check_dynamic(check *c, hb_dtype dtype, float threshold)
     hb_error error = {""};
     hb_status status = hb_linear_8bit(c->context, &l.x.view, l.codes, l.scale, l.rows, l.depth,
                                       with_bias ? &l.bias.view : NULL, HB_INT8_DYNAMIC, threshold,
-                                      &l.y.view, &error);
+                                      &l.y.view, NULL, &error);
     CHECK(c, status == HB_OK, "status %d: %s", status, error.text);
 
     int8_t *x_codes = malloc((size_t)(l.m * l.depth + 1));
@@ -417,7 +417,10 @@ static void check_matmul(check *c, int64_t m, int64_t n, int64_t depth)
             want[i * n + j] = (int32_t)sum;
         }
     hb_error error = {""};
-    CHECK(c, hb_matmul_int8(c->context, a, b, m, n, depth, got, &error) == HB_OK, "%s", error.text);
+    CHECK(c,
+          hb_matmul_int8(c->context, &(hb_device){.type = HB_CPU}, a, b, m, n, depth, got,
+                         &error) == HB_OK,
+          "%s", error.text);
     check_equal(c, got, want, (size_t)(m * n) * sizeof *got, "matmul_int8");
     check_release(c);
 }
@@ -467,14 +470,14 @@ CHECK_GROUP(linear8_threads)
                 const bool backward = kind == 3;
                 hb_view a = {x,
                              HB_F32,
-                             {HB_CPU, 0},
+                             {HB_CPU, 0, NULL},
                              2,
                              false,
                              {m, backward ? ROWS : DEPTH},
                              {backward ? ROWS : DEPTH, 1}};
                 hb_view b = {y[threads > 1],
                              HB_F32,
-                             {HB_CPU, 0},
+                             {HB_CPU, 0, NULL},
                              2,
                              false,
                              {m, backward ? DEPTH : ROWS},
@@ -482,10 +485,10 @@ CHECK_GROUP(linear8_threads)
                 memset(b.data, 0, (size_t)hb_view_numel(&b) * sizeof(float));
                 hb_status status =
                     backward ? hb_linear_8bit_grad_input(c->context, &a, codes, scale, ROWS, DEPTH,
-                                                         &b, &error)
+                                                         &b, NULL, &error)
                              : hb_linear_8bit(c->context, &a, codes, scale, ROWS, DEPTH, NULL,
                                               kind == 0 ? HB_INT8_EXACT : HB_INT8_DYNAMIC,
-                                              kind == 2 ? 5.0f : 0.0f, &b, &error);
+                                              kind == 2 ? 5.0f : 0.0f, &b, NULL, &error);
                 CHECK(c, status == HB_OK, "%s", error.text);
                 if (threads > 1)
                     check_equal(c, y[1], y[0], (size_t)hb_view_numel(&b) * sizeof(float), "bits");
@@ -497,43 +500,43 @@ CHECK_GROUP_ONCE(linear8_errors)
     float data[64] = {0};
     int8_t codes[64] = {0};
     hb_error error;
-    hb_view x = {data, HB_F32, {HB_CPU, 0}, 2, false, {2, 4}, {4, 1}};
-    hb_view y = {data, HB_F32, {HB_CPU, 0}, 2, false, {2, 3}, {3, 1}};
-    hb_view bias = {data, HB_F32, {HB_CPU, 0}, 1, false, {2}, {1}};
+    hb_view x = {data, HB_F32, {HB_CPU, 0, NULL}, 2, false, {2, 4}, {4, 1}};
+    hb_view y = {data, HB_F32, {HB_CPU, 0, NULL}, 2, false, {2, 3}, {3, 1}};
+    hb_view bias = {data, HB_F32, {HB_CPU, 0, NULL}, 1, false, {2}, {1}};
     hb_view wrong = x;
     wrong.dtype = HB_F64;
     CHECK(c,
-          hb_linear_8bit(c->context, &wrong, codes, data, 3, 4, NULL, HB_INT8_EXACT, 0, &y,
+          hb_linear_8bit(c->context, &wrong, codes, data, 3, 4, NULL, HB_INT8_EXACT, 0, &y, NULL,
                          &error) == HB_ERR_TYPE,
           "dtype");
     CHECK(c,
-          hb_linear_8bit(c->context, &x, codes, data, 3, 5, NULL, HB_INT8_EXACT, 0, &y, &error) ==
-              HB_ERR_VALUE,
+          hb_linear_8bit(c->context, &x, codes, data, 3, 5, NULL, HB_INT8_EXACT, 0, &y, NULL,
+                         &error) == HB_ERR_VALUE,
           "depth");
     CHECK(c, strstr(error.text, "depth 4") != NULL, "%s", error.text);
     CHECK(c,
-          hb_linear_8bit(c->context, &x, codes, data, 3, 4, &bias, HB_INT8_EXACT, 0, &y, &error) ==
-              HB_ERR_VALUE,
+          hb_linear_8bit(c->context, &x, codes, data, 3, 4, &bias, HB_INT8_EXACT, 0, &y, NULL,
+                         &error) == HB_ERR_VALUE,
           "bias");
     CHECK(c,
-          hb_linear_8bit(c->context, &x, codes, data, 3, 4, NULL, HB_INT8_DYNAMIC, -1.0f, &y,
+          hb_linear_8bit(c->context, &x, codes, data, 3, 4, NULL, HB_INT8_DYNAMIC, -1.0f, &y, NULL,
                          &error) == HB_ERR_VALUE,
           "threshold");
     CHECK(c,
-          hb_linear_8bit(c->context, &x, NULL, data, 3, 4, NULL, HB_INT8_EXACT, 0, &y, &error) ==
-              HB_ERR_VALUE,
+          hb_linear_8bit(c->context, &x, NULL, data, 3, 4, NULL, HB_INT8_EXACT, 0, &y, NULL,
+                         &error) == HB_ERR_VALUE,
           "codes");
     y.readonly = true;
     CHECK(c,
-          hb_linear_8bit(c->context, &x, codes, data, 3, 4, NULL, HB_INT8_EXACT, 0, &y, &error) ==
-              HB_ERR_BUFFER,
+          hb_linear_8bit(c->context, &x, codes, data, 3, 4, NULL, HB_INT8_EXACT, 0, &y, NULL,
+                         &error) == HB_ERR_BUFFER,
           "read-only");
     CHECK(c,
-          hb_matmul_int8(c->context, codes, codes, 1, 1, HB_INT8_MAX_DEPTH + 1,
-                         (int32_t *)(void *)data, &error) == HB_ERR_VALUE,
+          hb_matmul_int8(c->context, &(hb_device){.type = HB_CPU}, codes, codes, 1, 1,
+                         HB_INT8_MAX_DEPTH + 1, (int32_t *)(void *)data, &error) == HB_ERR_VALUE,
           "depth");
     CHECK(c,
-          hb_matmul_int8(c->context, codes, codes, -1, 1, 1, (int32_t *)(void *)data, &error) ==
-              HB_ERR_VALUE,
+          hb_matmul_int8(c->context, &(hb_device){.type = HB_CPU}, codes, codes, -1, 1, 1,
+                         (int32_t *)(void *)data, &error) == HB_ERR_VALUE,
           "negative");
 }

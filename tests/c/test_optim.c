@@ -201,8 +201,9 @@ CHECK_GROUP(optim_adam8)
                 hb_error error;
                 for (int who = 0; who < 2; who++) {
                     t[who].step = step;
-                    hb_status status = hb_optimizer_step(who ? &plain : c->context, HB_ADAM,
-                                                         &t[who], 1, &settings, map1, map2, &error);
+                    hb_status status =
+                        hb_optimizer_step(who ? &plain : c->context, &(hb_device){.type = HB_CPU},
+                                          HB_ADAM, &t[who], 1, &settings, map1, map2, NULL, &error);
                     CHECK(c, status == HB_OK, "step: %s", error.text);
                 }
                 for (int64_t i = 0; i < n; i++) { // a NaN is a NaN

@@ -165,7 +165,7 @@ REFUSED = {
     "vector lanes": (dict(lanes=4), TypeError, "float32x4"),
     "float64": (dict(dtype="float64", shape=(6, 32)), TypeError, "float64"),
     "uint16": (dict(dtype="uint16"), TypeError, "uint16"),
-    "cuda": (dict(device=(2, 1)), BufferError, "cuda:1"),
+    "no index": (dict(device=(2, -1)), BufferError, "cuda:-1"),
     "metal": (dict(device=(8, 0)), BufferError, "metal:0"),
     "no such device": (dict(device=(77, 0)), BufferError, "77"),
     "major version 2": (dict(version=(2, 0)), BufferError, "2.0"),
@@ -185,10 +185,22 @@ def test_capsule_refused(name):
 
 
 def test_device_is_asked_before_the_tensor():
-    producer = Producer(X, device=(2, 0))
-    with pytest.raises(BufferError, match="cuda:0"):
+    producer = Producer(X, device=(8, 0))
+    with pytest.raises(BufferError, match="metal:0"):
         _C.quantize_4bit(producer)
     assert producer.produced == 0
+
+
+@pytest.mark.skipif(_C.cuda_info()["available"], reason="there is a GPU, which cannot read this memory")
+@pytest.mark.parametrize("kind", [2, 13])
+def test_cuda_without_a_gpu(kind):
+    producer = Producer(X, device=(kind, 1))
+    with pytest.raises(_C.CudaError, match=r"quantize_4bit: x is on cuda:1, which cannot be used: \w+"):
+        _C.quantize_4bit(producer)
+    assert producer.produced == 0
+    with pytest.raises(_C.CudaError, match="quantize_4bit: x is on cuda:1"):
+        _C.quantize_4bit(producer.capsule())
+    assert producer.deleted == 1
 
 
 def test_consumed_capsule():
