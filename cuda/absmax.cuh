@@ -6,6 +6,8 @@
 
 #include "dev.cuh"
 
+enum : uint32_t { NAN_BITS = 0x7fc00000u }; // the NaN that the CPU writes
+
 template <int COUNT> HB_DEVICE uint32_t larger_magnitude(const float *value, uint32_t largest)
 {
 #pragma unroll
@@ -14,12 +16,12 @@ template <int COUNT> HB_DEVICE uint32_t larger_magnitude(const float *value, uin
 }
 
 // Over groups of `lanes` neighbouring lanes (a power of two up to 32; the whole warp calls). NaN is
-// 0x7fc00000, as on the CPU.
+// NAN_BITS.
 HB_DEVICE float absmax_of_lanes(uint32_t largest, int lanes)
 {
     for (int mask = 1; mask < lanes; mask *= 2)
         largest = max_u32(largest, shuffle_xor(largest, mask));
-    return bits_float(largest > 0x7f800000u ? 0x7fc00000u : largest);
+    return bits_float(largest > 0x7f800000u ? NAN_BITS : largest);
 }
 
 #endif

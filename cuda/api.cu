@@ -138,6 +138,7 @@ ON_DEVICE(copy, hb_cuda_copy)
 ON_DEVICE(upload, hb_cuda_upload)
 ON_DEVICE(expand4, hb_cuda_expand4)
 ON_DEVICE(quantize4, hb_cuda_quantize4)
+ON_DEVICE(nest4, hb_cuda_nest4)
 ON_DEVICE(dequantize4, hb_cuda_dequantize4)
 ON_DEVICE(linear4, hb_cuda_linear4)
 ON_DEVICE(gather4, hb_cuda_gather4)
@@ -164,8 +165,8 @@ const hb_cuda_api api = {
     upload,
     expand4,
     quantize4,
-    nullptr, // nest4_workspace
-    nullptr, // nest4
+    hb_cuda_nest4_workspace,
+    nest4,
     dequantize4,
     nullptr, // linear4_workspace
     linear4,

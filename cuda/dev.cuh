@@ -47,6 +47,10 @@ HB_DEVICE uint32_t shuffle_xor(uint32_t value, int lane_mask)
 {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
+HB_DEVICE double shuffle_xor(double value, int lane_mask)
+{
+    return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
 
 // Dynamic shared memory of the block, 16-byte aligned.
 HB_DEVICE unsigned char *shared_memory()
@@ -147,6 +151,22 @@ HB_DEVICE float add_rn(float a, float b)
 HB_DEVICE float div_rn(float a, float b)
 {
     return __fdiv_rn(a, b);
+}
+HB_DEVICE double add_rn(double a, double b)
+{
+    return __dadd_rn(a, b);
+}
+HB_DEVICE double mul_rn(double a, double b)
+{
+    return __dmul_rn(a, b);
+}
+HB_DEVICE double div_rn(double a, double b)
+{
+    return __ddiv_rn(a, b);
+}
+HB_DEVICE float round_to_float(double x)
+{
+    return __double2float_rn(x);
 }
 HB_DEVICE uint32_t float_bits(float x)
 {

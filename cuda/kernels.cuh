@@ -12,6 +12,8 @@ int hb_cuda_launch_copy(const hb_cuda_queue *queue, const hb_cuda_copy *args);
 int hb_cuda_launch_upload(const hb_cuda_queue *queue, const hb_cuda_upload *args);
 int hb_cuda_launch_expand4(const hb_cuda_queue *queue, const hb_cuda_expand4 *args);
 int hb_cuda_launch_quantize4(const hb_cuda_queue *queue, const hb_cuda_quantize4 *args);
+int64_t hb_cuda_nest4_workspace(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
+int hb_cuda_launch_nest4(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
 int hb_cuda_launch_dequantize4(const hb_cuda_queue *queue, const hb_cuda_dequantize4 *args);
 // linear4 chooses between the two kernels; mma_fits says whether the tensor-core one can.
 int hb_cuda_launch_linear4(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);

@@ -180,6 +180,43 @@ static void nest_blocks(void *arg, int64_t begin, int64_t end, int lane)
     }
 }
 
+// Lane l += lane l + half, half = lanes / 2 .. 1.
+static double fold(double *sum, int lanes)
+{
+    for (int half = lanes / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; l++) sum[l] += sum[l + half];
+    return sum[0];
+}
+
+static double sum_of_chunk(const float *x, int64_t n)
+{
+    double sum[HB_MEAN_LANES];
+    const int64_t whole = n / HB_MEAN_LANES * HB_MEAN_LANES;
+    // Eight lanes at a time, whose sums stay in registers on every machine.
+    for (int first = 0; first < HB_MEAN_LANES; first += 8) {
+        double part[8] = {0};
+        for (int64_t i = first; i < whole; i += HB_MEAN_LANES)
+            for (int l = 0; l < 8; l++) part[l] += (double)x[i + l];
+        memcpy(sum + first, part, sizeof part);
+    }
+    for (int64_t i = whole; i < n; i++) sum[i % HB_MEAN_LANES] += (double)x[i];
+    return fold(sum, HB_MEAN_LANES);
+}
+
+// The mean in float64, in the order that formats.h fixes, rounded once. A NaN is HB_NAN_BITS.
+static float mean_of_scales(const float *x, int64_t n)
+{
+    if (n == 0) return 0.0f;
+    double sum[HB_MEAN_CHUNK_LANES] = {0};
+    for (int64_t c = 0; c * HB_MEAN_CHUNK < n; c++) {
+        const int64_t first = c * HB_MEAN_CHUNK;
+        sum[c % HB_MEAN_CHUNK_LANES] +=
+            sum_of_chunk(x + first, hb_min_i64(HB_MEAN_CHUNK, n - first));
+    }
+    const float mean = (float)(fold(sum, HB_MEAN_CHUNK_LANES) / (double)n);
+    return mean != mean ? hb_f32_from_bits(HB_NAN_BITS) : mean;
+}
+
 hb_status hb_nest_absmax(hb_context *context, const hb_device *device, const float *absmax,
                          int64_t n, int64_t nested_blocksize, const float *map, uint8_t *codes,
                          float *nested_absmax, float *offset, void *workspace, hb_error *error)
@@ -190,16 +227,11 @@ hb_status hb_nest_absmax(hb_context *context, const hb_device *device, const flo
     if (device->type == HB_CUDA)
         return hb_nest_absmax_cuda(device, absmax, n, nested_blocksize, map, codes, nested_absmax,
                                    offset, workspace, error);
-    // The mean in float64, in an order that does not depend on threads, rounded once.
-    double sum[8] = {0};
-    for (int64_t i = 0; i < n; i++) sum[i % 8] += (double)absmax[i];
-    double total =
-        ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
     nest_job job = {.codec = &context->kernels.codec,
                     .absmax = absmax,
                     .n = n,
                     .blocksize = nested_blocksize,
-                    .offset = n > 0 ? (float)(total / (double)n) : 0.0f,
+                    .offset = mean_of_scales(absmax, n),
                     .codes = codes,
                     .nested_absmax = nested_absmax};
     hb_search8_init(&job.search, map);

@@ -1,9 +1,22 @@
 """The CUDA codecs on the emulator give the bits of the CPU's kernels (which tests/c proves right)."""
 
+import ctypes
+
 import ml_dtypes
 import numpy as np
 import pytest
-from host_library import DTYPES, FORMATS, Dequantize4, Dequantize8, Quantize4, Quantize8, Scales4, emulated
+from host_library import (
+    DTYPES,
+    FORMATS,
+    STRUCTURES,
+    Dequantize4,
+    Dequantize8,
+    Quantize4,
+    Quantize8,
+    Queue,
+    Scales4,
+    emulated,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -206,3 +219,36 @@ def test_codec8(n, blocksize, dtype, name, offset, order):
                  out=emulator.register(out, True)))  # fmt: skip
     expected = _C.dequantize_8bit(codes, absmax, table, blocksize, dtype=dtype)
     assert same(out, np.asarray(expected).view(NUMPY[dtype]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.one_of(st.integers(0, 3000), st.integers(0, 70000)),
+    st.sampled_from([1, 7, 32, 100, 256, 4096]),
+    st.sampled_from(["normal", "equal", "wild"]),
+    st.integers(0, 2),
+)
+def test_nest4(n, blocksize, kind, order):
+    """The same offset bit for bit, whatever the order of the threads, and the codes that follow from it."""
+    if blocksize < 32:
+        n = min(n, 3000)
+    emulator = emulated()
+    emulator.reset(order, seed=n)
+    absmax = np.abs(data(n, "float32", n, "wild" if kind == "wild" else "normal"))
+    if kind == "equal":
+        absmax[:] = np.float32(0.1)
+    table = np.asarray(_C.map8("dynamic"), np.float32)
+    codes, nested = aligned(n, np.uint8), aligned(-(-n // blocksize), np.float32)
+    offset = aligned(1, np.float32)
+    args = STRUCTURES["hb_cuda_nest4"](n=n, blocksize=blocksize)
+    for name, array in (("absmax", absmax), ("map", table), ("codes", codes), ("nested_absmax", nested),
+                        ("offset", offset)):  # fmt: skip
+        setattr(args, name, emulator.register(array, name not in ("absmax", "map")))
+    room = emulator.api.nest4_workspace(ctypes.byref(Queue(0, None)), ctypes.byref(args))
+    workspace = aligned(room, np.uint8)
+    args.workspace = emulator.register(workspace, True)
+    emulator.run("nest4", args)
+    expected_codes, expected_nested, expected_offset = _C.nest_absmax(absmax, blocksize)
+    assert same(offset[0], np.float32(expected_offset))
+    assert same(nested, expected_nested)
+    assert np.array_equal(codes, expected_codes)

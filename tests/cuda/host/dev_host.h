@@ -87,6 +87,15 @@ static inline uint32_t shuffle_xor(uint32_t value, int lane_mask)
 {
     return hb_host::exchange(value, lane_index() ^ lane_mask);
 }
+static inline double shuffle_xor(double value, int lane_mask)
+{
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint64_t low = shuffle_xor((uint32_t)bits, lane_mask);
+    bits = low | (uint64_t)shuffle_xor((uint32_t)(bits >> 32), lane_mask) << 32;
+    std::memcpy(&value, &bits, sizeof bits);
+    return value;
+}
 static inline unsigned char *shared_memory()
 {
     return hb_host::shared_base();
@@ -157,6 +166,22 @@ static inline float add_rn(float a, float b)
 static inline float div_rn(float a, float b)
 {
     return a / b;
+}
+static inline double add_rn(double a, double b)
+{
+    return a + b;
+}
+static inline double mul_rn(double a, double b)
+{
+    return a * b;
+}
+static inline double div_rn(double a, double b)
+{
+    return a / b;
+}
+static inline float round_to_float(double x)
+{
+    return (float)x;
 }
 static inline uint32_t float_bits(float x)
 {
