@@ -145,6 +145,10 @@ class Emulator:
         if completion is not None:
             self.library.hb_host_async(completion)
 
+    def restart(self, order: int = 0, seed: int = 0) -> None:
+        """As `reset`, but keeps what is registered."""
+        self.library.hb_host_restart(order, seed)
+
     def register(self, array: np.ndarray, writable: bool = False) -> int:
         """The array's address, which kernels may from now on read (and write)."""
         self.library.hb_host_register(

@@ -139,7 +139,7 @@ def test_fakes_refuse_what_the_kernels_refuse():
 
 def test_other_devices_get_torchs_own_error():
     op = OPS.quantize_4bit.default
-    kinds = {"CPU": True, "CUDA": False}
+    kinds = {"CPU": True, "CUDA": True, "XPU": False}
     for kind, has in kinds.items():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), kind) == has
 
@@ -154,4 +154,5 @@ def test_every_operator_has_a_fake_and_a_kernel():
         "quantize_4bit", "dequantize_4bit", "nest_absmax", "linear_4bit", "linear_4bit_grad_input", "quantize_8bit",
         "dequantize_8bit", "quantize_rows_int8", "dequantize_rows_int8", "matmul_int8", "linear_8bit",
         "linear_8bit_grad_input", "grouped_linear_4bit", "grouped_linear_8bit",
+        "embedding_4bit",
     }  # fmt: skip

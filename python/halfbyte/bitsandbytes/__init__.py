@@ -10,12 +10,10 @@ from typing import Any
 from . import _ops as _ops
 from . import autograd, cextension, consts, functional, nn, utils
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
-from .cextension import COMPILED_WITH_CUDA
 from .nn import modules
 
-# transformers and accelerate read these two: k-bit models may be loaded and trained without CUDA.
+# accelerate reads this: k-bit models may be trained without CUDA.
 features = {"multi_backend"}
-supported_torch_devices = {"cpu"}
 
 __version__ = "0.50.2"
 
@@ -37,6 +35,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "COMPILED_WITH_CUDA":
+        return cextension.lib.compiled_with_cuda
+    if name == "supported_torch_devices":  # transformers wants one that the machine has
+        return {"cpu", "cuda"} if cextension.lib.compiled_with_cuda else {"cpu"}
     if name == "adam":
         return importlib.import_module(".optim.adam", __name__)
     if name in ("optim", "cuda_specs", "backends", "diagnostics", "research"):

@@ -1,4 +1,9 @@
-"""What callers ask the native library of bitsandbytes about. halfbyte's is `halfbyte._C`; it has no HIP."""
+"""What callers ask the native library of bitsandbytes about. halfbyte's is `halfbyte._C`; it has no HIP.
+
+`COMPILED_WITH_CUDA` and `BNB_BACKEND` are found out when they are asked for: importing this touches no GPU.
+"""
+
+from typing import Any
 
 from halfbyte.torch.symbols import NativeLibrary as BNBNativeLibrary
 from halfbyte.torch.symbols import lib
@@ -7,8 +12,8 @@ from .consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR
 from .cuda_specs import CUDASpecs, get_cuda_specs, get_cuda_version_tuple, get_rocm_gpu_arch
 
 __all__ = [
-    "BNB_BACKEND",
-    "COMPILED_WITH_CUDA",
+    "BNB_BACKEND",  # noqa: F822
+    "COMPILED_WITH_CUDA",  # noqa: F822
     "DYNAMIC_LIBRARY_SUFFIX",
     "HIP_ENVIRONMENT",
     "PACKAGE_DIR",
@@ -23,9 +28,15 @@ __all__ = [
 ]
 
 HIP_ENVIRONMENT = False
-COMPILED_WITH_CUDA = lib.compiled_with_cuda
-BNB_BACKEND = "CUDA" if COMPILED_WITH_CUDA else "CPU"
 ROCM_GPU_ARCH = "unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "COMPILED_WITH_CUDA":
+        return lib.compiled_with_cuda
+    if name == "BNB_BACKEND":
+        return "CUDA" if lib.compiled_with_cuda else "CPU"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_native_library() -> BNBNativeLibrary:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from halfbyte import shim
 from halfbyte.torch import functional as F
+from halfbyte.torch.ops_4bit import natural_compute
+from halfbyte.torch.quant_state import format_of_codebook
 
 _loaded = sys.modules.get(shim.NAME)
 if _loaded is not None and not shim.is_ours(_loaded):
@@ -27,6 +29,7 @@ def _define(schema: str, kernel: Callable, fake: Callable) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"bitsandbytes::{name}", fake, lib=_LIBRARY)
 
 
@@ -196,7 +199,7 @@ def _gemm_4bit(
         blocksize,
         shapeB,
         bias,
-        "bfloat16" if A.dtype == torch.bfloat16 else "float32",
+        natural_compute(A.dtype),
         *nested,
     )
 
@@ -207,9 +210,7 @@ def _gemm_4bit_fake(A, B, shapeB, *args, **kwargs):
 
 
 def _gemv_4bit(A, B, shapeB, absmax, code, blocksize) -> Tensor:
-    # The operator names no format; the codebook does: 0 is the first entry of FP4 and the middle one of NF4.
-    quant_type = "fp4" if float(code[0]) == 0.0 else "nf4"
-    return _gemm_4bit(A, B, shapeB, absmax, blocksize, quant_type)
+    return _gemm_4bit(A, B, shapeB, absmax, blocksize, format_of_codebook(code))
 
 
 _define(

@@ -36,6 +36,7 @@ from halfbyte.torch.maps import (
     create_normal_map,
     get_4bit_type,
 )
+from halfbyte.torch.ops_4bit import natural_compute
 from halfbyte.torch.quant_state import QuantState, pack_dict_to_tensor, unpack_tensor_to_dict
 from halfbyte.torch.symbols import lib
 
@@ -90,16 +91,24 @@ NESTED_BLOCKSIZE = 256
 C = 127.0  # of the int8 codes
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# The signed dynamic map, made at its first use: one tensor serves every state on the CPU.
+# The signed dynamic map, made at its first use: one tensor serves every state of a device.
 name2qmap: dict[str, Tensor] = {}
+_dynamic_maps: dict[torch.device, Tensor] = {}
 
 
 def _dynamic_map(device: torch.device) -> Tensor:
     if torch._C._len_torch_dispatch_stack():  # fake tensors and the like: neither keep one nor hand out ours
         return torch.from_numpy(_C.map8("dynamic").copy()).to(device)
-    if "dynamic" not in name2qmap:
-        name2qmap["dynamic"] = create_dynamic_map()
-    return name2qmap["dynamic"].to(device)
+    with torch.inference_mode(False):  # it must serve autograd, too
+        if "dynamic" not in name2qmap:
+            name2qmap["dynamic"] = create_dynamic_map()
+        found = name2qmap["dynamic"]
+        if found.device != device:
+            kept = _dynamic_maps.get(device)
+            if kept is None:
+                kept = _dynamic_maps[device] = found.to(device)
+            return kept
+    return found
 
 
 def _store(function: str, result: Tensor, out: Tensor | None) -> Tensor:
@@ -323,7 +332,8 @@ def linear_4bit(
         `[rows]`, any float dtype.
     compute
         "float32": x and W in float32. "bfloat16": x and codebook rounded to bfloat16 before they are
-        multiplied; sums in float32. Default: bfloat16 for a bfloat16 x, else float32.
+        multiplied; sums in float32. "float16": the same with float16 on CUDA, float32 on the CPU. Default:
+        x's dtype.
 
     Returns
     -------
@@ -339,7 +349,7 @@ def linear_4bit(
         state.blocksize,
         state.shape,
         bias,
-        compute or ("bfloat16" if x.dtype == torch.bfloat16 else "float32"),
+        compute or natural_compute(x.dtype),
         *nested_tensors(state),
     )
 

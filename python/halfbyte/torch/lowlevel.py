@@ -1,13 +1,17 @@
 """The parts of `bitsandbytes.functional` below its quantizers: pointers, pages, integer products, one update.
 
 Other packages call some of them (Unsloth takes `get_ptr` and `lib`), most are there for old code. Paged
-memory is memory that the operating system may swap; on the CPU that is all memory, so a paged tensor is a
-tensor with two marks on it and prefetching it does nothing.
+memory is memory that moves between the GPU and the host page by page, as it is used: CUDA's managed memory, in a
+tensor of the GPU's with two marks on it. On the CPU all memory is paged, by the operating system, so there a paged
+tensor is any tensor with the marks, and prefetching it does nothing.
 """
 
 import ctypes
+import math
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,11 +45,28 @@ def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
 # ---- pages ---------------------------------------------------------------------------------------
 
 
+class _PagedTensors:
+    """A list of tensors that it does not keep alive."""
+
+    def __init__(self) -> None:
+        self._references: list[weakref.ref[Tensor]] = []
+
+    def append(self, tensor: Tensor) -> None:
+        self._references = [r for r in self._references if r() is not None]
+        self._references.append(weakref.ref(tensor))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([tensor for r in self._references if (tensor := r()) is not None])
+
+    def __len__(self) -> int:
+        return len(list(self))
+
+
 class GlobalPageManager:
-    """The list of all paged tensors of the process: `get_instance()`."""
+    """The paged tensors of the process that live: `get_instance()`."""
 
     _instance: "GlobalPageManager | None" = None
-    paged_tensors: list[Tensor]
+    paged_tensors: _PagedTensors
 
     def __init__(self) -> None:
         raise RuntimeError("Call get_instance() instead")
@@ -58,11 +79,11 @@ class GlobalPageManager:
         return cls._instance
 
     def initialize(self) -> None:
-        self.paged_tensors = []
+        self.paged_tensors = _PagedTensors()
 
     def prefetch_all(self, to_cpu: bool = False) -> None:
         """Prefetch every paged tensor, the one that was added first last."""
-        for tensor in reversed(self.paged_tensors):
+        for tensor in reversed(list(self.paged_tensors)):
             prefetch_tensor(tensor, to_cpu)
 
 
@@ -71,16 +92,42 @@ def get_paged(
 ) -> Tensor:
     """A zeroed tensor in memory that can be swapped, with attributes `is_paged` and `page_deviceid`.
 
-    `device` says whose it shall be; the memory is the host's whatever it says.
+    `device` says whose it shall be. On a GPU the tensor is in CUDA's managed memory and of that device (bitsandbytes
+    makes it one of the CPU's, over the same memory); without one the memory is the host's whatever it says.
+
+    Raises
+    ------
+    halfbyte.CudaError
+        A GPU is there, and the memory cannot be had.
     """
-    out = torch.zeros(shape, dtype=dtype)
+    device = torch.device(device)
+    index = device.index
+    if device.type == "cuda" and cuda_is_ready():
+        index = torch.cuda.current_device() if index is None else index
+        size = math.prod(shape) * dtype.itemsize
+        memory = torch.utils.dlpack.from_dlpack(_C.cuda_managed_memory(index, max(size, 1)))
+        out = memory[:size].view(dtype).view(shape).zero_()
+    else:
+        out = torch.zeros(shape, dtype=dtype)
     out.is_paged = True
-    out.page_deviceid = torch.device(device).index
+    out.page_deviceid = index
     return out
 
 
+def cuda_is_ready() -> bool:
+    """Whether there is a GPU that torch uses and halfbyte has kernels for. Initialises no CUDA context."""
+    return torch.cuda.is_available() and _cuda_library_works()
+
+
+@cache
+def _cuda_library_works() -> bool:
+    return bool(_C.cuda_info()["available"])
+
+
 def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
-    """Nothing to do for host memory.
+    """Bring a paged tensor's memory to its GPU, in the order of the current stream.
+
+    It does nothing for host memory, and nothing with `to_cpu`: pages move to the host when they are used there.
 
     Raises
     ------
@@ -89,6 +136,8 @@ def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
     """
     if not getattr(A, "is_paged", False):
         raise ValueError("prefetch_tensor: A must be a paged tensor (from get_paged), got another")
+    if A.is_cuda and not to_cpu:
+        _C.cuda_prefetch(A)
 
 
 def elementwise_func(

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.torch._library import autocast_dtype
 from halfbyte.torch.functional import int8_vectorwise_quant, linear_4bit, nested_tensors
+from halfbyte.torch.ops_4bit import natural_compute
 from halfbyte.torch.quant_state import QuantState
 
 _REMOVED = ("CxB", "CxBt", "formatB", "_tile_indices")
@@ -73,6 +75,11 @@ def quantize_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = weight.detach().contiguous()
     half = weight.to(torch.float16)
+    if weight.is_cuda:  # the same choice without asking the device
+        if weight.dtype != torch.float16 and weight.numel():
+            half = torch.where(weight.abs().max() > _FLOAT16_MAX, weight.float(), half.float())
+        codes, scale, _ = int8_vectorwise_quant(half)
+        return codes, scale
     if (
         weight.dtype != torch.float16
         and weight.numel()
@@ -136,6 +143,8 @@ def matmul(
     if threshold > 0.0:
         state.threshold = threshold
     mode = "exact" if state.is_training else "dynamic"
+    dtype = A.dtype
+    A = autocast(A)
     if state.CB is None or state.SCB is None or (state.has_fp16_weights and B.is_floating_point()):
         state.reset_grads()
         state.CB, state.SCB = quantize_int8_weight(B)
@@ -143,7 +152,14 @@ def matmul(
         y = _FloatWeight.apply(A, B, state.CB, state.SCB, bias, state.threshold, mode)
     else:
         y = torch.ops.halfbyte.linear_8bit(A, state.CB, state.SCB, bias, state.threshold, mode)
+    y = y.to(dtype)
     return y if out is None else out.copy_(y)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """What the int8 product of x takes: under autocast a float32 CUDA tensor in autocast's dtype."""
+    dtype = autocast_dtype(x) if x.dtype == torch.float32 else None
+    return x if dtype is None else x.to(dtype)
 
 
 def matmul_4bit(
@@ -188,7 +204,7 @@ def matmul_4bit(
             quant_state.quant_type,
             quant_state.blocksize,
             shape,
-            "bfloat16" if A.dtype == torch.bfloat16 else "float32",
+            natural_compute(A.dtype),
             *nested_tensors(quant_state),
         )
         y = y if bias is None else y + bias

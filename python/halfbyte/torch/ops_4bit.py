@@ -1,4 +1,4 @@
-"""The 4-bit operators `torch.ops.halfbyte.*`: schema, CPU kernel, fake and gradient of each.
+"""The 4-bit operators `torch.ops.halfbyte.*`: schema, kernels, fake and gradient of each.
 
 Layout: codes of the row-major flattened tensor, two per byte, the even element in the high nibble;
 scale b belongs to elements [b*blocksize, (b+1)*blocksize). With double quantization `absmax` holds
@@ -6,16 +6,23 @@ uint8 codes and absmax[i] = nested_map[code] * nested_absmax[i // nested_blocksi
 
     linear_4bit:             y = x W^T + b       W = codebook[code] * absmax, W is [rows, depth]
     linear_4bit_grad_input:  dx = dy W
+    embedding_4bit:          y[i] = W[index[i]]; an index outside is an error on the CPU, a row of NaN on CUDA
 
 Each is the other's gradient, so both are differentiable any number of times in x (and dy) and b.
-W is a constant. Everything is computed by `halfbyte._C`; no arithmetic happens here.
+W is a constant. Everything is computed by `halfbyte._C`, with one exception: on CUDA many rows of x are multiplied by
+torch, see `cuda_table`.
+
+`compute` says how products are formed: "float32" exactly; "bfloat16", "float16": x and the codebook are rounded to
+that dtype, sums are float32. On the CPU "float16" is "float32". On CUDA x is converted where it has another dtype,
+and the result converted back, as bitsandbytes does.
 """
 
 import torch
 from torch import Tensor
 
 from halfbyte import _C
-from halfbyte.torch._library import blocks, define, flat_bytes
+from halfbyte.torch._library import as_it_is, blocks, define, flat_bytes
+from halfbyte.torch.cuda_table import is_fused
 
 _NESTED = (
     "Tensor? nested_absmax=None, Tensor? nested_map=None, Tensor? nested_offset=None, "
@@ -41,6 +48,41 @@ def nested_arguments(
     }
 
 
+def nested_on_device(
+    device: torch.device,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_blocksize: int,
+) -> dict:
+    """The same for CUDA: an offset on the device stays there, and the kernel reads it."""
+    if nested_absmax is None:
+        return {}
+    offset: Tensor | float = 0.0
+    if nested_offset is not None:
+        if nested_offset.is_cpu:
+            offset = float(nested_offset)
+        elif nested_offset.dtype == torch.float32 and nested_offset.device == device:
+            offset = nested_offset
+        else:
+            offset = nested_offset.to(device, torch.float32)
+    return {
+        "nested_absmax": nested_absmax,
+        "nested_map": nested_map,
+        "nested_offset": offset,
+        "nested_blocksize": nested_blocksize,
+    }
+
+
+def natural_compute(dtype: torch.dtype) -> str:
+    """The `compute` that a dtype of x asks for by itself."""
+    return _NATURAL.get(dtype, "float32")
+
+
+_NATURAL = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 # ---- quantize and dequantize ---------------------------------------------------------------------
 
 
@@ -63,7 +105,7 @@ def _quantize_4bit_fake(
 define(
     "quantize_4bit(Tensor x, str quant_type='nf4', int blocksize=64, str scales='absmax')"
     " -> (Tensor, Tensor)",
-    cpu=_quantize_4bit,
+    _quantize_4bit,
     fake=_quantize_4bit_fake,
 )
 
@@ -86,6 +128,24 @@ def _dequantize_4bit(
     )
 
 
+def _dequantize_4bit_cuda(
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+    nested_absmax: Tensor | None = None,
+    nested_map: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
+) -> Tensor:
+    nested = nested_on_device(packed.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
+    return _C.dequantize_4bit(
+        flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), dtype, **nested
+    )
+
+
 def _dequantize_4bit_fake(
     packed: Tensor,
     absmax: Tensor,
@@ -100,7 +160,8 @@ def _dequantize_4bit_fake(
 
 define(
     f"dequantize_4bit({_WEIGHT}, ScalarType dtype, {_NESTED}) -> Tensor",
-    cpu=_dequantize_4bit,
+    _dequantize_4bit,
+    cuda=_dequantize_4bit_cuda,
     fake=_dequantize_4bit_fake,
 )
 
@@ -108,6 +169,11 @@ define(
 def _nest_absmax(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     codes, nested_absmax, offset = _C.nest_absmax(absmax, blocksize)
     return codes, nested_absmax, torch.tensor(offset, dtype=torch.float32)
+
+
+def _nest_absmax_cuda(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    codes, nested_absmax, offset = _C.nest_absmax(absmax, blocksize)
+    return codes, nested_absmax, offset.reshape(())
 
 
 def _nest_absmax_fake(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,8 +187,83 @@ def _nest_absmax_fake(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Ten
 
 define(
     "nest_absmax(Tensor absmax, int blocksize=256) -> (Tensor, Tensor, Tensor)",
-    cpu=_nest_absmax,
+    _nest_absmax,
+    cuda=_nest_absmax_cuda,
     fake=_nest_absmax_fake,
+)
+
+
+def _embedding_4bit(
+    index: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+    nested_absmax: Tensor | None = None,
+    nested_map: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
+) -> Tensor:
+    rows, depth = shape
+    nested = nested_absmax, nested_map, nested_offset, nested_blocksize
+    if depth % blocksize:  # blocks go over the ends of rows: no row can be taken out
+        table = _dequantize_4bit(packed, absmax, quant_type, blocksize, shape, dtype, *nested)
+        return torch.nn.functional.embedding(index, table)
+    if nested_absmax is not None and nested_map is not None:
+        absmax = _C.dequantize_8bit(absmax, nested_absmax, nested_map, nested_blocksize, torch.float32)
+        absmax = absmax if nested_offset is None else absmax + nested_offset
+    flat = index.reshape(-1)
+    return _C.dequantize_4bit(
+        flat_bytes(packed).view(torch.uint8).view(rows, -1).index_select(0, flat).view(-1),
+        absmax.view(rows, -1).index_select(0, flat).view(-1),
+        quant_type,
+        blocksize,
+        (*index.shape, depth),
+        dtype,
+    )
+
+
+def _embedding_4bit_cuda(
+    index: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+    nested_absmax: Tensor | None = None,
+    nested_map: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
+) -> Tensor:
+    nested = nested_on_device(index.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
+    index = index if index.dtype == torch.int64 else index.to(torch.int64)
+    return _C.gather_4bit(
+        index, flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), dtype, **nested
+    )
+
+
+def _embedding_4bit_fake(
+    index: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+    *_: object,
+) -> Tensor:
+    torch._check(len(shape) == 2, lambda: f"embedding_4bit: shape must have 2 dimensions, got {len(shape)}")
+    return packed.new_empty((*index.shape, shape[1]), dtype=dtype)
+
+
+define(
+    f"embedding_4bit(Tensor index, {_WEIGHT}, ScalarType dtype, {_NESTED}) -> Tensor",
+    _embedding_4bit,
+    cuda=_embedding_4bit_cuda,
+    fake=_embedding_4bit_fake,
 )
 
 
@@ -144,9 +285,48 @@ def _linear_4bit(
     nested_blocksize: int = 256,
 ) -> Tensor:
     nested = nested_arguments(nested_absmax, nested_map, nested_offset, nested_blocksize)
+    compute = "float32" if compute == "float16" else compute
     return _C.linear_4bit(
         x, flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), bias, compute, **nested
     )
+
+
+def linear_4bit_cuda(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    bias: Tensor | None = None,
+    compute: str = "float32",
+    nested_absmax: Tensor | None = None,
+    nested_map: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
+) -> Tensor:
+    dtype = compute_dtype("linear_4bit", compute)
+    nested = nested_on_device(x.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
+    weight = flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape)
+    inside = x if x.dtype == dtype else x.to(dtype)
+    if is_fused("linear_4bit", x, dtype, _rows(x)):
+        y = _C.linear_4bit(inside, *weight, bias, **nested)
+    else:
+        _linear_4bit_fake(x, packed, absmax, quant_type, blocksize, shape)
+        bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+        with as_it_is(x):
+            y = torch.nn.functional.linear(inside, _C.dequantize_4bit(*weight, dtype, **nested), bias)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def compute_dtype(function: str, compute: str) -> torch.dtype:
+    if compute not in _COMPUTE_DTYPES:
+        raise ValueError(f"{function}: compute must be one of {list(_COMPUTE_DTYPES)}, got {compute!r}")
+    return _COMPUTE_DTYPES[compute]
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1) if x.dim() else 0
 
 
 def _linear_4bit_fake(
@@ -174,9 +354,36 @@ def _linear_4bit_grad_input(
     nested_blocksize: int = 256,
 ) -> Tensor:
     nested = nested_arguments(nested_absmax, nested_map, nested_offset, nested_blocksize)
+    compute = "float32" if compute == "float16" else compute
     return _C.linear_4bit_grad_input(
         dy, flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), compute, **nested
     )
+
+
+def _linear_4bit_grad_input_cuda(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    compute: str = "float32",
+    nested_absmax: Tensor | None = None,
+    nested_map: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
+) -> Tensor:
+    dtype = compute_dtype("linear_4bit_grad_input", compute)
+    nested = nested_on_device(dy.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
+    weight = flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape)
+    inside = dy if dy.dtype == dtype else dy.to(dtype)
+    if is_fused("linear_4bit_grad_input", dy, dtype, _rows(dy)):
+        dx = _C.linear_4bit_grad_input(inside, *weight, **nested)
+    else:
+        _linear_4bit_grad_input_fake(dy, packed, absmax, quant_type, blocksize, shape)
+        with as_it_is(dy):
+            dx = torch.matmul(inside, _C.dequantize_4bit(*weight, dtype, **nested))
+    return dx if dx.dtype == dy.dtype else dx.to(dy.dtype)
 
 
 def _linear_4bit_grad_input_fake(
@@ -244,14 +451,16 @@ def _grad_input_backward(ctx, ddx: Tensor):
 
 define(
     f"linear_4bit(Tensor x, {_WEIGHT}, Tensor? bias=None, str compute='float32', {_NESTED}) -> Tensor",
-    cpu=_linear_4bit,
+    _linear_4bit,
+    cuda=linear_4bit_cuda,
     fake=_linear_4bit_fake,
     save=_save_linear,
     backward=_linear_backward,
 )
 define(
     f"linear_4bit_grad_input(Tensor dy, {_WEIGHT}, str compute='float32', {_NESTED}) -> Tensor",
-    cpu=_linear_4bit_grad_input,
+    _linear_4bit_grad_input,
+    cuda=_linear_4bit_grad_input_cuda,
     fake=_linear_4bit_grad_input_fake,
     save=_save_grad_input,
     backward=_grad_input_backward,

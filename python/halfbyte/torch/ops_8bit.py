@@ -8,14 +8,16 @@
 
 linear_8bit in mode "dynamic" is LLM.int8() (Dettmers et al. 2022, section 3): x is quantized row by row,
 columns with any |x| >= threshold are multiplied in float32. Mode "exact" keeps x in float32. The gradient
-with respect to x is dy W in both modes (straight through the rounding of x).
+with respect to x is dy W in both modes (straight through the rounding of x). On CUDA many rows of x in mode "exact"
+are multiplied by torch with the weight in x's dtype, see `cuda_table`.
 """
 
 import torch
 from torch import Tensor
 
 from halfbyte import _C
-from halfbyte.torch._library import blocks, define
+from halfbyte.torch._library import as_it_is, blocks, define
+from halfbyte.torch.cuda_table import is_fused
 
 # ---- block-wise with a map -----------------------------------------------------------------------
 
@@ -43,12 +45,12 @@ def _dequantize_8bit_fake(
 
 define(
     "quantize_8bit(Tensor x, Tensor map, int blocksize) -> (Tensor, Tensor)",
-    cpu=_quantize_8bit,
+    _quantize_8bit,
     fake=_quantize_8bit_fake,
 )
 define(
     "dequantize_8bit(Tensor codes, Tensor absmax, Tensor map, int blocksize, ScalarType dtype) -> Tensor",
-    cpu=_dequantize_8bit,
+    _dequantize_8bit,
     fake=_dequantize_8bit_fake,
 )
 
@@ -98,15 +100,15 @@ def _matmul_int8_fake(a: Tensor, b: Tensor) -> Tensor:
 
 define(
     "quantize_rows_int8(Tensor x, float threshold=0.0) -> (Tensor, Tensor, Tensor)",
-    cpu=_quantize_rows_int8,
+    _quantize_rows_int8,
     fake=_quantize_rows_int8_fake,
 )
 define(
     "dequantize_rows_int8(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor",
-    cpu=_dequantize_rows_int8,
+    _dequantize_rows_int8,
     fake=_dequantize_rows_int8_fake,
 )
-define("matmul_int8(Tensor a, Tensor b) -> Tensor", cpu=_matmul_int8, fake=_matmul_int8_fake)
+define("matmul_int8(Tensor a, Tensor b) -> Tensor", _matmul_int8, fake=_matmul_int8_fake)
 
 
 # ---- y = x W^T + b and dx = dy W -----------------------------------------------------------------
@@ -123,6 +125,22 @@ def _linear_8bit(
     return _C.linear_8bit(x, codes, scale, bias, threshold, mode)
 
 
+def linear_8bit_cuda(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    threshold: float = 0.0,
+    mode: str = "dynamic",
+) -> Tensor:
+    if mode != "exact" or is_fused("linear_8bit", x, x.dtype, x.numel() // max(codes.shape[-1], 1)):
+        return _C.linear_8bit(x, codes, scale, bias, threshold, mode)
+    _linear_8bit_fake(x, codes)
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    with as_it_is(x):
+        return torch.nn.functional.linear(x, _C.dequantize_rows_int8(codes, scale, x.dtype), bias)
+
+
 def _linear_8bit_fake(x: Tensor, codes: Tensor, *_: object) -> Tensor:
     torch._check(codes.dim() == 2, lambda: f"linear_8bit: codes must have 2 dimensions, got {codes.dim()}")
     torch._check(
@@ -134,6 +152,14 @@ def _linear_8bit_fake(x: Tensor, codes: Tensor, *_: object) -> Tensor:
 
 def _linear_8bit_grad_input(dy: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return _C.linear_8bit_grad_input(dy, codes, scale)
+
+
+def _linear_8bit_grad_input_cuda(dy: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    if is_fused("linear_8bit_grad_input", dy, dy.dtype, dy.numel() // max(codes.shape[0], 1)):
+        return _C.linear_8bit_grad_input(dy, codes, scale)
+    _linear_8bit_grad_input_fake(dy, codes, scale)
+    with as_it_is(dy):
+        return torch.matmul(dy, _C.dequantize_rows_int8(codes, scale, dy.dtype))
 
 
 def _linear_8bit_grad_input_fake(dy: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -174,14 +200,16 @@ def _grad_input_backward(ctx, ddx: Tensor):
 define(
     "linear_8bit(Tensor x, Tensor codes, Tensor scale, Tensor? bias=None, float threshold=0.0, "
     "str mode='dynamic') -> Tensor",
-    cpu=_linear_8bit,
+    _linear_8bit,
+    cuda=linear_8bit_cuda,
     fake=_linear_8bit_fake,
     save=_save_linear,
     backward=_linear_backward,
 )
 define(
     "linear_8bit_grad_input(Tensor dy, Tensor codes, Tensor scale) -> Tensor",
-    cpu=_linear_8bit_grad_input,
+    _linear_8bit_grad_input,
+    cuda=_linear_8bit_grad_input_cuda,
     fake=_linear_8bit_grad_input_fake,
     save=_save_grad_input,
     backward=_grad_input_backward,

@@ -9,7 +9,8 @@ Rows of x beyond the last offset belong to nobody: their y is 0. Each direction 
 are differentiable in x any number of times. Only the experts that have rows are read, and none is ever held
 dequantized, with one exception: where the weights of an expert do not begin with a block of their own (rows * depth
 is no multiple of blocksize, or with double quantization of blocksize * nested_blocksize) that expert's matrix is
-dequantized to float32 for the product.
+dequantized to float32 for the product. On CUDA one kernel does all of it, which reads the offsets on the device:
+offsets that do not ascend, an error on the CPU, are taken there as if they did.
 
 Layout: codes and scales of the whole stack, flattened row-major, as `quantize_4bit` of a 3-d tensor gives them;
 int8 codes `[experts, rows, depth]` with one scale a row, `[experts, rows]`.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.torch._library import define, flat_bytes
-from halfbyte.torch.ops_4bit import nested_arguments
+from halfbyte.torch.ops_4bit import compute_dtype, nested_arguments, nested_on_device
 
 _STACK = "Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape"
 _NESTED = (
@@ -78,6 +79,7 @@ def _grouped_linear_4bit(
     size = math.prod(matrix)
     nested = nested_arguments(nested_absmax, nested_map, nested_offset, nested_blocksize)
     unit = blocksize * (nested_blocksize if nested else 1)
+    compute = "float32" if compute == "float16" else compute
     product = _C.linear_4bit_grad_input if transposed else _C.linear_4bit
     codes = flat_bytes(packed)
     x = x.contiguous()
@@ -111,6 +113,38 @@ def _grouped_linear_4bit(
             rows = x[start:end].float() @ (weight if transposed else weight.t())
         y[start:end] = rows
     return y
+
+
+def _grouped_linear_4bit_cuda(
+    x: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    transposed: bool = False,
+    compute: str = "float32",
+    nested_absmax: Tensor | None = None,
+    nested_map: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
+) -> Tensor:
+    dtype = compute_dtype("grouped_linear_4bit", compute)
+    nested = nested_on_device(x.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
+    inside = x if x.dtype == dtype else x.to(dtype)
+    y = _C.grouped_linear_4bit(
+        inside,
+        offsets,
+        flat_bytes(packed),
+        absmax,
+        quant_type,
+        blocksize,
+        tuple(shape),
+        transposed,
+        **nested,
+    )
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _grouped_linear_4bit_fake(
@@ -147,7 +181,8 @@ def _backward_4bit(ctx, dy: Tensor):
 define(
     f"grouped_linear_4bit(Tensor x, Tensor offsets, {_STACK}, bool transposed=False, str compute='float32', "
     f"{_NESTED}) -> Tensor",
-    cpu=_grouped_linear_4bit,
+    _grouped_linear_4bit,
+    cuda=_grouped_linear_4bit_cuda,
     fake=_grouped_linear_4bit_fake,
     save=_save_4bit,
     backward=_backward_4bit,
@@ -178,6 +213,18 @@ def _grouped_linear_8bit(
     return y
 
 
+def _grouped_linear_8bit_cuda(
+    x: Tensor,
+    offsets: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    transposed: bool = False,
+    threshold: float = 0.0,
+    mode: str = "dynamic",
+) -> Tensor:
+    return _C.grouped_linear_8bit(x, offsets, codes, scale, transposed, threshold, mode)
+
+
 def _grouped_linear_8bit_fake(
     x: Tensor, offsets: Tensor, codes: Tensor, scale: Tensor, transposed: bool = False, *_: object
 ) -> Tensor:
@@ -200,7 +247,8 @@ def _backward_8bit(ctx, dy: Tensor):
 define(
     "grouped_linear_8bit(Tensor x, Tensor offsets, Tensor codes, Tensor scale, bool transposed=False, "
     "float threshold=0.0, str mode='dynamic') -> Tensor",
-    cpu=_grouped_linear_8bit,
+    _grouped_linear_8bit,
+    cuda=_grouped_linear_8bit_cuda,
     fake=_grouped_linear_8bit_fake,
     save=_save_8bit,
     backward=_backward_8bit,

@@ -9,10 +9,13 @@ Source: the layout bitsandbytes 0.39 and later write and read.
 """
 
 import json
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _PACKED_PREFIX = "bitsandbytes__"
 _JSON_KEYS = (
@@ -52,6 +55,41 @@ def _dtype_from_name(name: Any) -> torch.dtype:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# The format of codebooks on GPUs that were looked at, with the version of the tensor.
+_formats: Any = WeakTensorKeyDictionary()
+# Every state that was made, by its id: the codebooks whose format is known.
+_states: weakref.WeakValueDictionary[int, "QuantState"] = weakref.WeakValueDictionary()
+
+
+def format_of_codebook(code: Tensor) -> str:
+    """ "nf4" or "fp4" for the 16 values of a format: 0 is the first of FP4 and the middle one of NF4.
+
+    Operators that bitsandbytes defines name no format but its codebook. On a GPU the first look at a tensor waits
+    for the device; from then on its format is remembered.
+    """
+    if code.is_cpu:
+        return "fp4" if float(code[0]) == 0.0 else "nf4"
+    version, name = _formats.get(code, (None, ""))
+    if version != code._version:
+        name = "fp4" if float(code[0]) == 0.0 else "nf4"
+        _formats[code] = code._version, name
+    return name
+
+
+def format_at(address: int) -> str | None:
+    """The format of the state whose codebook lies at an address of a GPU's; None: of no state that lives."""
+    for state in list(_states.values()):
+        code = state.code
+        if (
+            state.quant_type is not None
+            and type(code) is Tensor
+            and code.is_cuda
+            and code.data_ptr() == address
+        ):
+            return state.quant_type
+    return None
 
 
 class QuantState:
@@ -97,6 +135,8 @@ class QuantState:
         self.offset = offset
         self.state2 = state2
         self.nested = state2 is not None
+        if not is_compiling():
+            _states[id(self)] = self
 
     def __getattr__(self, name: str) -> Tensor:
         # FSDP walks the dotted names of a state dict with getattr, also "quant_state.bitsandbytes__nf4".

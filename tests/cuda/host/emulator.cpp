@@ -525,6 +525,11 @@ void hb_host_reset(int order, uint32_t seed)
 {
     hb_host::buffers.clear();
     for (auto [start, bytes] : hb_host::managed) hb_host::buffers[start] = {bytes, true, {}};
+    hb_host_restart(order, seed);
+}
+
+void hb_host_restart(int order, uint32_t seed)
+{
     hb_host::fault.clear();
     hb_host::order = order;
     hb_host::completion = order;

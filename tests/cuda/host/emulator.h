@@ -12,6 +12,8 @@ void hb_host_reset(int order, uint32_t seed);
 // When asynchronous operations read and write their data: 0 early, when they are issued; 1 late,
 // when somebody waits for them; 2 each one early or late at random.
 void hb_host_async(int completion);
+// The same, but keeps the buffers.
+void hb_host_restart(int order, uint32_t seed);
 // Memory that kernels may touch: an input, or an output that each launch writes at most once.
 void hb_host_register(const void *start, int64_t bytes, int writable);
 // Takes the buffer that starts here back.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.torch.functional import dequantize_4bit, dequantize_blockwise
+from halfbyte.torch.functional import nested_tensors
 from halfbyte.torch.nn.int8params import Int8Params
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
 from halfbyte.torch.nn.saving import Saves4bit
@@ -115,8 +115,8 @@ class Embedding4bit(Saves4bit, nn.Embedding):
     Parameters
     ----------
     num_embeddings, embedding_dim
-        Rows and depth of the table. With a depth that is no multiple of the block size each call dequantizes
-        the whole table.
+        Rows and depth of the table. With a depth that is no multiple of the block size each call on the CPU
+        dequantizes the whole table.
     dtype
         Of the float table; the result has this dtype.
     quant_type, quant_storage
@@ -156,20 +156,15 @@ class Embedding4bit(Saves4bit, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         state = repair_quant_state(self)
-        packed = self.weight.data
-        if self.embedding_dim % state.blocksize:
-            return nn.functional.embedding(input, dequantize_4bit(packed, state)).to(self.dtype)
-        absmax = state.absmax
-        if state.nested:
-            absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-        rows = input.reshape(-1)
-        return torch.ops.halfbyte.dequantize_4bit(
-            packed.view(torch.uint8).view(self.num_embeddings, -1).index_select(0, rows),
-            absmax.view(self.num_embeddings, -1).index_select(0, rows).view(-1),
+        return torch.ops.halfbyte.embedding_4bit(
+            input,
+            self.weight.data,
+            state.absmax,
             state.quant_type,
             state.blocksize,
-            (*input.shape, self.embedding_dim),
+            self._weight_shape(),
             self.dtype,
+            *nested_tensors(state),
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Embedding4bit":

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.torch._library import autocast_dtype
 from halfbyte.torch.functional import nested_tensors
 from halfbyte.torch.matmul import quantize_int8_weight
 from halfbyte.torch.nn.int8params import Int8Params
 from halfbyte.torch.nn.params4bit import Params4bit
+from halfbyte.torch.ops_4bit import natural_compute
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
@@ -136,11 +138,18 @@ class QuantizedExperts(nn.Module):
             offsets,
             self._parameters[name],
             self.is_transposed,
-            "bfloat16" if self.compute_dtype == torch.bfloat16 else "float32",
+            self._compute(x),
             self.threshold,
             "exact" if self.training else "dynamic",
         )
         return y + getattr(self, f"{name}_bias")[experts].to(y.dtype) if self.has_bias else y
+
+    def _compute(self, x: Tensor) -> str:
+        """As Linear4bit has it; CUDA has kernels of its own for float16."""
+        dtype = x.dtype if self.compute_dtype is None and x.is_cuda else self.compute_dtype
+        if x.is_cuda and dtype == torch.float32:
+            dtype = autocast_dtype(x) or dtype
+        return natural_compute(dtype) if x.is_cuda or dtype == torch.bfloat16 else "float32"
 
     def _quantized(self) -> list[tuple[str, Params4bit | Int8Params]]:
         found = ((name, self._parameters.get(name)) for name in self.quantized_names)

@@ -1,6 +1,6 @@
 """`Linear4bit`: a linear layer with a 4-bit weight.
 
-Where a call goes. In eager mode, with a plain CPU tensor and no gradient to record, `forward` hands the
+Where a call goes. In eager mode, with a plain CPU or CUDA tensor and no gradient to record, `forward` hands the
 tensors straight to `halfbyte._C`, a few microseconds for a small layer. Every call reads the weight, its
 statistics and the bias anew (zero-copy views), so nothing can be stale after `load_state_dict`, `.to`,
 a replaced parameter or an in-place update. Everything else - gradient, torch.compile, fake tensors,
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from halfbyte import _C
+from halfbyte.torch._library import autocast_dtype
 from halfbyte.torch.functional import linear_4bit
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
 from halfbyte.torch.nn.saving import Saves4bit
+from halfbyte.torch.ops_4bit import linear_4bit_cuda, natural_compute
 from halfbyte.torch.quant_state import QuantState
 
 logger = logging.getLogger(__name__)
@@ -27,11 +29,11 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def runs_eagerly(x: Tensor) -> bool:
-    """Whether x is a plain CPU tensor and nobody watches: no compiler, tracer or dispatch mode."""
+    """Whether x is a plain CPU or CUDA tensor and nobody watches: no compiler, tracer or dispatch mode."""
     return (
         not is_compiling()
         and type(x) is Tensor
-        and x.is_cpu
+        and (x.is_cpu or x.is_cuda)
         and not _dispatch_modes()
         and _tracing_state() is None
     )
@@ -115,7 +117,18 @@ class Linear4bit(Saves4bit, nn.Linear):
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
-        return "bfloat16" if self.compute_dtype == torch.bfloat16 else "float32"
+        if self.compute_dtype == torch.bfloat16:
+            return "bfloat16"
+        if x.is_cuda:
+            return self._compute_on_cuda(x)
+        return "float32"
+
+    def _compute_on_cuda(self, x: Tensor) -> str:
+        """As bitsandbytes does there: no compute dtype means x's, and autocast multiplies in its own dtype."""
+        dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
+        if dtype == torch.float32:
+            dtype = autocast_dtype(x) or dtype
+        return natural_compute(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = self._parameters
@@ -132,6 +145,8 @@ class Linear4bit(Saves4bit, nn.Linear):
             if bias is not None and bias.dtype != x.dtype:
                 cast_bias(bias, x)
             compute = self._compute(x)
+            if x.is_cuda:
+                return self._forward_cuda(x, weight, state, bias, compute)
             layout = state.quant_type, state.blocksize, state.shape, bias, compute
             if not state.nested:
                 return _C.linear_4bit(x, weight, state.absmax, *layout)
@@ -149,6 +164,16 @@ class Linear4bit(Saves4bit, nn.Linear):
         state = repair_quant_state(self)
         bias = cast_bias(self.bias, x)
         return linear_4bit(x, self.weight, state, bias, self._compute(x))
+
+    @staticmethod
+    def _forward_cuda(
+        x: Tensor, weight: Params4bit, state: QuantState, bias: Tensor | None, compute: str
+    ) -> Tensor:
+        layout = weight.data, state.absmax, state.quant_type, state.blocksize, state.shape, bias, compute
+        if not state.nested:
+            return linear_4bit_cuda(x, *layout)
+        state2 = state.state2
+        return linear_4bit_cuda(x, *layout, state2.absmax, state2.code, state.offset, state2.blocksize)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
         super()._apply(fn, recurse)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import _C
-from halfbyte.torch.matmul import MatmulLtState, matmul
+from halfbyte.torch.matmul import MatmulLtState, autocast, matmul
 from halfbyte.torch.nn.int8params import Int8Params
 from halfbyte.torch.nn.linear4bit import cast_bias, runs_eagerly
+from halfbyte.torch.ops_8bit import linear_8bit_cuda
 
 # How old files named the layout of the codes; only row-major is still written, or read.
 WEIGHT_FORMATS = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
@@ -100,8 +101,12 @@ class Linear8bitLt(nn.Linear):
             x.requires_grad or (bias is not None and bias.requires_grad)
         )
         if not wants_grad and runs_eagerly(x):
-            return _C.linear_8bit(x, codes, state.SCB, bias, state.threshold, mode)
-        return torch.ops.halfbyte.linear_8bit(x, codes, state.SCB, bias, state.threshold, mode)
+            if not x.is_cuda:
+                return _C.linear_8bit(x, codes, state.SCB, bias, state.threshold, mode)
+            y = linear_8bit_cuda(autocast(x), codes.data, state.SCB, bias, state.threshold, mode)
+            return y.to(x.dtype)
+        y = torch.ops.halfbyte.linear_8bit(autocast(x), codes, state.SCB, bias, state.threshold, mode)
+        return y.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear8bitLt":
         # bitsandbytes moves the state only when `.to` is called on the layer itself, not on its parent.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +18,21 @@ import torch
 
 from halfbyte import _C
 
+from ..lowlevel import GlobalPageManager, get_paged, prefetch_tensor
 from ..maps import create_dynamic_map
 from .manager import GlobalOptimManager
 
 __all__ = ["BLOCKSIZE", "QuantizedOptimizer"]
 
 BLOCKSIZE = 256  # elements per scale of an 8-bit state
+LEAST_PAGED = 100_000  # elements of a parameter whose states are paged, as in bitsandbytes
+PREFETCHED_BYTES = 256 << 20  # of paged states at a time: all of them may be more than the GPU has room for
 WRAPPED_KEY = "__bnb_optimizer_quant_state__"  # hides the states from FSDP's gather, as in bitsandbytes
 QUANTIZED_KEYS = frozenset(
     ["state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2", "gnorm_vec", "unorm_vec"]
     + ["max1", "max2", "new_max1", "new_max2"]  # of bitsandbytes before block-wise states
 )
+_MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
 HYPERPARAMETERS = ("betas", "eps", "weight_decay", "lr", "alpha", "t_alpha", "t_beta3")
 ARGUMENTS = ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros")
 
@@ -76,12 +80,24 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self.mng = GlobalOptimManager.get_instance()
         self.initialized = False
         self.name2qmap: dict[str, torch.Tensor] = {}
+        self._maps: dict[tuple[str, torch.device], torch.Tensor] = {}
         if optim_bits == 8:
             self.fill_qmap()
 
     def fill_qmap(self) -> None:
         self.name2qmap["dynamic"] = create_dynamic_map(signed=True)
         self.name2qmap["udynamic"] = create_dynamic_map(signed=False)
+
+    def _map(self, name: str, device: torch.device) -> torch.Tensor:
+        """One of `name2qmap` on a device: the same tensor for all its states."""
+        if not self.name2qmap:
+            self.fill_qmap()
+        if self.name2qmap[name].device == device:
+            return self.name2qmap[name]
+        key = (name, device)
+        if key not in self._maps:
+            self._maps[key] = self.name2qmap[name].to(device)
+        return self._maps[key]
 
     # ---- settings ------------------------------------------------------------------------------
 
@@ -107,13 +123,24 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     # ---- states --------------------------------------------------------------------------------
 
     def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Zeros of p's shape; paged for a large parameter on a GPU."""
+        return self._buffer(p, p.shape, dtype)
+
+    def _buffer(self, p: torch.Tensor, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         if self.is_paged and p.device.type == "cpu" and not getattr(self, "_cpu_paged_warned", False):
             self._cpu_paged_warned = True
             warnings.warn(
                 "Paged optimizers are not supported on CPU. Falling back to non-paged optimizer behavior.",
                 stacklevel=2,
             )
-        return torch.zeros(p.shape, dtype=dtype, device=p.device)
+        if self._pages(p):
+            buffer = get_paged(*shape, dtype=dtype, device=p.device)
+            GlobalPageManager.get_instance().paged_tensors.append(buffer)
+            return buffer
+        return torch.zeros(shape, dtype=dtype, device=p.device)
+
+    def _pages(self, p: torch.Tensor) -> bool:
+        return self.is_paged and p.is_cuda and p.numel() >= LEAST_PAGED
 
     def first_state(self, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.get_state_buffer(p, dtype)
@@ -132,18 +159,38 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if self.has_second_state:
             state["state2"] = self.get_state_buffer(p, dtype)
         if is_8bit:
-            if not self.name2qmap:
-                self.fill_qmap()
             rows = state["state1"].numel() // p.numel()
             blocks = -(-p.numel() // BLOCKSIZE)
             shape = (rows, blocks) if rows > 1 else (blocks,)
-            state["qmap1"] = self.name2qmap["dynamic"]
+            state["qmap1"] = self._map("dynamic", p.device)
             state["absmax1"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
             if self.has_second_state:
-                state["qmap2"] = self.name2qmap["udynamic"]
+                state["qmap2"] = self._map("udynamic", p.device)
                 state["absmax2"] = torch.zeros((blocks,), dtype=torch.float32, device=p.device)
         if config["max_unorm"] > 0.0:
             state["unorm_vec"] = torch.zeros((1,), dtype=torch.float32, device=p.device)
+
+    def to_gpu(self) -> None:
+        """Bring states that lie elsewhere to the GPU of their parameter."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.is_cuda and p in self.state:
+                    values = self.state[p]
+                    values.update((k, self._to_device(k, v, p)) for k, v in list(values.items()))
+
+    def _to_device(self, key: str, value: Any, p: torch.Tensor) -> Any:
+        """A state of p's where p is: paged if it shall be, one of our maps if it is one."""
+        if not isinstance(value, torch.Tensor) or key not in QUANTIZED_KEYS:
+            return value
+        if key in _MAPS and value.device != p.device and p.is_cuda:
+            own = self._map(_MAPS[key], p.device)
+            return own if torch.equal(value.cpu(), self.name2qmap[_MAPS[key]]) else value.to(p.device)
+        paged = key in ("state1", "state2") and self._pages(p)
+        if value.device == p.device and paged == getattr(value, "is_paged", False):
+            return value
+        if paged:
+            return self._buffer(p, value.shape, value.dtype).copy_(value)
+        return value.detach().to(p.device)  # detach: without marks
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -169,6 +216,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if not self.initialized:
             self.check_overrides()
+            self.to_gpu()
             self.initialized = True
         calls: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -176,7 +224,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for gindex, group in enumerate(self.param_groups):
             alike: dict[
                 tuple[int, ...], list[tuple[Any, ...]]
-            ] = {}  # parameters of one call, by maps and step
+            ] = {}  # parameters of one call, by maps, step and device
             for pindex, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
@@ -192,21 +240,44 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     target = p.contiguous()
                     copies.append((p, target))
                 maps = state.get("qmap1"), state.get("qmap2")
-                short = (id(maps[0]), id(maps[1]), state["step"])
+                short = (id(maps[0]), id(maps[1]), state["step"], p.get_device())
                 entries = None if overridden else alike.get(short)
                 if entries is None:
                     scalars = self.schedule(self.get_config(gindex, pindex, group), state["step"])
-                    entries = calls[(*short[:2], *scalars.items())]
+                    entries = calls[(*short[:2], short[3], *scalars.items())]
                     alike[short] = entries
                 entries.append(self._entry(target, grad, state))
         for key, entries in calls.items():
-            self._call(dict(key[2:]), entries)
+            for part in self._prefetched(entries) if self.is_paged else (entries,):
+                self._call(dict(key[3:]), part)
         for p, stepped in copies:
             p.copy_(stepped)
         return loss
 
+    @staticmethod
+    def _prefetched(entries: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+        """The entries in parts whose paged states, few enough to fit together, are on their way to the GPU."""
+        part: list[tuple[Any, ...]] = []
+        size = 0
+        for entry in entries:
+            paged = [t for t in entry[0][2:4] if getattr(t, "is_paged", False)]
+            more = sum(t.numel() * t.element_size() for t in paged)
+            if part and size + more > PREFETCHED_BYTES:
+                yield part
+                part, size = [], 0
+            for buffer in paged:
+                prefetch_tensor(buffer)
+            part.append(entry)
+            size += more
+        yield part
+
     def prefetch_state(self, p: torch.Tensor) -> None:
-        """For subclasses with a `step` of their own; states are where they are needed."""
+        """Bring the paged states of p to its GPU, in the order of the current stream."""
+        if self.is_paged:
+            for name in ("state1", "state2"):
+                buffer = self.state[p].get(name)
+                if getattr(buffer, "is_paged", False):
+                    prefetch_tensor(buffer)
 
     @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
@@ -277,12 +348,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         merged = [{**s, "params": g["params"]} for g, s in zip(groups, saved_groups, strict=True)]
         self.__setstate__({"state": state, "param_groups": merged})
 
-    @staticmethod
-    def _cast(key: str, value: Any, p: torch.Tensor, move_to_device: bool) -> Any:
+    def _cast(self, key: str, value: Any, p: torch.Tensor, move_to_device: bool) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         if key in QUANTIZED_KEYS:
-            return value.to(p.device) if move_to_device else value
+            if key in ("state1", "state2"):
+                value = value.detach()  # a copy of a paged tensor has its marks, but is not paged
+            return self._to_device(key, value, p) if move_to_device else value
         if p.is_floating_point() and value.is_floating_point():
             return value.to(p.dtype)
         return value
