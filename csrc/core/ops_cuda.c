@@ -89,6 +89,29 @@ hb_status hb_memory_on_cuda(const char *function, const hb_device *device, const
     return HB_OK;
 }
 
+hb_status hb_managed_new(const char *function, int32_t device, int64_t bytes, void **memory,
+                         hb_error *error)
+{
+    const hb_cuda_api *api = NULL;
+    HB_TRY(ready(function, &api, error));
+    return hb_cuda_check(api, function, api->managed_new(device, bytes, memory), error);
+}
+
+void hb_managed_free(void *memory)
+{
+    const hb_cuda_api *api = NULL;
+    if (hb_cuda_ready(&api, NULL) == HB_OK) (void)api->managed_free(memory);
+}
+
+hb_status hb_managed_prefetch(const char *function, const hb_device *device, void *memory,
+                              int64_t bytes, hb_error *error)
+{
+    const hb_cuda_api *api = NULL;
+    HB_TRY(ready(function, &api, error));
+    const hb_cuda_queue queue = {device->index, device->stream};
+    return hb_cuda_check(api, function, api->managed_prefetch(&queue, memory, bytes), error);
+}
+
 // ---- 4 bits -------------------------------------------------------------------------------------
 
 hb_status hb_quantize_4bit_cuda(const hb_view *x, hb_format4 format, int64_t blocksize,
@@ -187,6 +210,52 @@ hb_status hb_linear_4bit_cuda(const char *function, const hb_view *x, const hb_t
     if (w->numel == 0) args.scales = (hb_cuda_scales4){.absmax = (const float *)y->data};
     if (hb_view_numel(y) == 0) return HB_OK;
     LAUNCH(function, linear4, &x->device, args);
+}
+
+static hb_cuda_linear4 grouped4_args(const hb_view *x, const hb_view *offsets, const hb_tensor4 *w,
+                                     bool transposed)
+{
+    hb_cuda_linear4 args = linear4_args(x, w, transposed);
+    args.offsets = offsets->data;
+    args.offsets_dtype = (int32_t)offsets->dtype;
+    args.experts = hb_view_numel(offsets);
+    return args;
+}
+
+int64_t hb_grouped_linear_4bit_workspace(const hb_view *x, const hb_view *offsets,
+                                         const hb_tensor4 *w, bool transposed)
+{
+    const hb_cuda_linear4 args = grouped4_args(x, offsets, w, transposed);
+    WORKSPACE(linear4_workspace, &x->device, args);
+}
+
+hb_status hb_grouped_linear_4bit_cuda(const hb_view *x, const hb_view *offsets, const hb_tensor4 *w,
+                                      bool transposed, const hb_view *y, void *workspace,
+                                      hb_error *error)
+{
+    hb_cuda_linear4 args = grouped4_args(x, offsets, w, transposed);
+    args.y = y->data;
+    args.workspace = workspace;
+    if (w->numel == 0) args.scales = (hb_cuda_scales4){.absmax = (const float *)y->data};
+    if (hb_view_numel(y) == 0) return HB_OK;
+    LAUNCH("grouped_linear_4bit", linear4, &x->device, args);
+}
+
+hb_status hb_gather_4bit_cuda(const int64_t *index, const hb_tensor4 *w, const hb_view *out,
+                              hb_error *error)
+{
+    const hb_cuda_gather4 args = {.index = index,
+                                  .packed = w->packed,
+                                  .scales = scales_of(w),
+                                  .out = out->data,
+                                  .format = (int32_t)w->format,
+                                  .out_dtype = (int32_t)out->dtype,
+                                  .blocksize = w->blocksize,
+                                  .n = w->depth == 0 ? 0 : hb_view_numel(out) / w->depth,
+                                  .rows = w->rows,
+                                  .depth = w->depth};
+    if (args.n == 0) return HB_OK;
+    LAUNCH("gather_4bit", gather4, &out->device, args);
 }
 
 // ---- 8 bits -------------------------------------------------------------------------------------
@@ -297,6 +366,35 @@ hb_status hb_linear_8bit_cuda(const char *function, const hb_view *x, const int8
     }
     if (hb_view_numel(y) == 0) return HB_OK;
     LAUNCH(function, linear8, &x->device, args);
+}
+
+static hb_cuda_linear8 grouped8_args(const hb_view *x, const hb_view *offsets, const hb_stack8 *w,
+                                     bool transposed)
+{
+    hb_cuda_linear8 args =
+        linear8_args(x, w->codes, w->scale, w->rows, w->depth, w->mode, w->threshold, transposed);
+    args.offsets = offsets->data;
+    args.offsets_dtype = (int32_t)offsets->dtype;
+    args.experts = w->experts;
+    return args;
+}
+
+int64_t hb_grouped_linear_8bit_workspace(const hb_view *x, const hb_view *offsets,
+                                         const hb_stack8 *w, bool transposed)
+{
+    const hb_cuda_linear8 args = grouped8_args(x, offsets, w, transposed);
+    WORKSPACE(linear8_workspace, &x->device, args);
+}
+
+hb_status hb_grouped_linear_8bit_cuda(const hb_view *x, const hb_view *offsets, const hb_stack8 *w,
+                                      bool transposed, const hb_view *y, void *workspace,
+                                      hb_error *error)
+{
+    hb_cuda_linear8 args = grouped8_args(x, offsets, w, transposed);
+    args.y = y->data;
+    args.workspace = workspace;
+    if (hb_view_numel(y) == 0) return HB_OK;
+    LAUNCH("grouped_linear_8bit", linear8, &x->device, args);
 }
 
 // ---- optimizers ---------------------------------------------------------------------------------

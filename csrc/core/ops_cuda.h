@@ -36,6 +36,39 @@ hb_status hb_expand_absmax_cuda(const char *function, const hb_device *device, c
 hb_status hb_memory_on_cuda(const char *function, const hb_device *device, const void *memory,
                             bool *readable, hb_error *error);
 
+// ---- only on CUDA -------------------------------------------------------------------------------
+
+// y [m, rows] = x [m, depth] W[e]^T, transposed: y [m, depth] = x [m, rows] W[e], e the expert that
+// the row belongs to: `offsets` [experts], int32 or int64, is where each expert's rows end. w is
+// the whole stack, rows and depth those of one matrix.
+int64_t hb_grouped_linear_4bit_workspace(const hb_view *x, const hb_view *offsets,
+                                         const hb_tensor4 *w, bool transposed);
+hb_status hb_grouped_linear_4bit_cuda(const hb_view *x, const hb_view *offsets, const hb_tensor4 *w,
+                                      bool transposed, const hb_view *y, void *workspace,
+                                      hb_error *error);
+// The same with codes [experts, rows, depth] and scale [experts, rows].
+typedef struct {
+    const int8_t *codes;
+    const float *scale;
+    int64_t experts, rows, depth;
+    hb_int8_mode mode;
+    float threshold;
+} hb_stack8;
+int64_t hb_grouped_linear_8bit_workspace(const hb_view *x, const hb_view *offsets,
+                                         const hb_stack8 *w, bool transposed);
+hb_status hb_grouped_linear_8bit_cuda(const hb_view *x, const hb_view *offsets, const hb_stack8 *w,
+                                      bool transposed, const hb_view *y, void *workspace,
+                                      hb_error *error);
+// out [n, depth] = the rows index [n] of w [rows, depth].
+hb_status hb_gather_4bit_cuda(const int64_t *index, const hb_tensor4 *w, const hb_view *out,
+                              hb_error *error);
+// Managed memory; freed by hb_managed_free, which needs no error: there is nothing to do about one.
+hb_status hb_managed_new(const char *function, int32_t device, int64_t bytes, void **memory,
+                         hb_error *error);
+void hb_managed_free(void *memory);
+hb_status hb_managed_prefetch(const char *function, const hb_device *device, void *memory,
+                              int64_t bytes, hb_error *error);
+
 // ---- for ops_*.c: the branch that they take ----------------------------------------------------
 
 hb_status hb_quantize_4bit_cuda(const hb_view *x, hb_format4 format, int64_t blocksize,

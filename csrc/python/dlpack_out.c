@@ -195,6 +195,18 @@ static int read_request(hb_state *state, const char *function, const hb_origin *
     return -1;
 }
 
+PyObject *hb_bytes_capsule(PyObject *owner, const hb_device *device, void *data, int64_t size)
+{
+    DLTensor tensor;
+    export_block *block = export_new(owner, device, data, HB_U8, 1, &size, &tensor);
+    if (block == NULL) return NULL;
+    block->managed.legacy =
+        (DLManagedTensor){.dl_tensor = tensor, .manager_ctx = block, .deleter = delete_legacy};
+    PyObject *capsule = PyCapsule_New(&block->managed.legacy, HB_CAPSULE_LEGACY, drop_legacy);
+    if (capsule == NULL) export_free(block);
+    return capsule;
+}
+
 PyObject *hb_to_dlpack(hb_state *state, const char *function, PyObject *owner,
                        const hb_origin *origin, void *data, hb_dtype dtype, int ndim,
                        const int64_t *shape, PyObject *const *args, Py_ssize_t n_args,

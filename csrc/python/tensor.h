@@ -12,6 +12,7 @@ enum {
     HB_TAKE_U8 = 1u << HB_U8,
     HB_TAKE_I8 = 1u << HB_I8,
     HB_TAKE_I32 = 1u << HB_I32,
+    HB_TAKE_I64 = 1u << HB_I64,
     HB_TAKE_BOOL = 1u << HB_BOOL,
     HB_TAKE_BYTES = 1u << 16,       // any dtype; the view becomes uint8 [bytes] (implies FLAT)
     HB_TAKE_U16_AS_BF16 = 1u << 17, // uint16 holds bfloat16 (besides what the dtype bits say)
@@ -65,6 +66,9 @@ PyObject *hb_to_dlpack(hb_state *state, const char *function, PyObject *owner,
                        const hb_origin *origin, void *data, hb_dtype dtype, int ndim,
                        const int64_t *shape, PyObject *const *args, Py_ssize_t n_args,
                        PyObject *kwnames);
+
+// `size` writable bytes as a capsule of the old kind, which every framework takes.
+PyObject *hb_bytes_capsule(PyObject *owner, const hb_device *device, void *data, int64_t size);
 
 // The framework's name for a DLPack dtype: "float64", "complex64", "opaque".
 void hb_dltype_name(DLDataType type, char *text, size_t size);

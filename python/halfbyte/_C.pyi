@@ -424,6 +424,66 @@ def cuda_info() -> dict[str, Any]:
     list[dict]}: whether CUDA tensors can be used, and if not, why. Opens the CUDA library, makes no context.
     A device is {"name": str, "capability": (int, int), "multiprocessors": int, "memory": bytes}."""
 
+def cuda_managed_memory(device: int, size: int, /) -> object:
+    """`size` bytes of CUDA managed memory, uint8 on a device, as a DLPack capsule."""
+
+def cuda_prefetch(array: _Array, /) -> None:
+    """Moves the pages of managed memory to the array's device, in the order of its stream."""
+
+def cuda_view(address: int, size: int, device: int, /) -> object | None:
+    """The `size` bytes at an address as a DLPack capsule, uint8 on the device; None where the address is not of
+    memory that the device reads. Nothing keeps the memory alive."""
+
+def grouped_linear_4bit(
+    x: _Array,
+    offsets: _Array,
+    packed: _Array,
+    absmax: _Array,
+    /,
+    quant_type: _QuantType,
+    blocksize: int,
+    shape: tuple[int, int, int],
+    transposed: bool = False,
+    *,
+    nested_absmax: _Array | None = None,
+    nested_map: _Array | None = None,
+    nested_offset: float | _Array = 0.0,
+    nested_blocksize: int = 256,
+) -> _Array:
+    """Rows [offsets[e-1], offsets[e]) of x times expert e's matrix of a stack (experts, rows, depth): x W[e]^T,
+    transposed: x W[e]. CUDA only."""
+
+def grouped_linear_8bit(
+    x: _Array,
+    offsets: _Array,
+    codes: _Array,
+    scale: _Array,
+    /,
+    transposed: bool = False,
+    threshold: float = 0.0,
+    mode: Literal["dynamic", "exact"] = "dynamic",
+) -> _Array:
+    """The same with codes int8 [experts, rows, depth] and scale [experts, rows]. Outlier columns are those of all
+    rows of x together. CUDA only."""
+
+def gather_4bit(
+    index: _Array,
+    packed: _Array,
+    absmax: _Array,
+    /,
+    quant_type: _QuantType,
+    blocksize: int,
+    shape: tuple[int, int],
+    dtype: Any = None,
+    *,
+    nested_absmax: _Array | None = None,
+    nested_map: _Array | None = None,
+    nested_offset: float | _Array = 0.0,
+    nested_blocksize: int = 256,
+) -> _Array:
+    """Rows of a table (rows, depth): index int64 [...] -> [..., depth]. An index counts from the end where
+    negative; one outside gives a row of NaN. CUDA only."""
+
 def set_num_threads(n: int, /) -> None: ...
 def get_num_threads() -> int: ...
 def build_info() -> dict[str, Any]:

@@ -59,7 +59,7 @@ class _PagedTensors:
         return iter([tensor for r in self._references if (tensor := r()) is not None])
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)
 
 
 class GlobalPageManager:
