@@ -42,6 +42,11 @@ HB_DEVICE void block_sync()
 {
     __syncthreads();
 }
+// A barrier for the lanes of a full warp, also of what they did to memory.
+HB_DEVICE void warp_sync()
+{
+    __syncwarp();
+}
 // Exchange within a full warp: every lane must arrive.
 HB_DEVICE uint32_t shuffle_xor(uint32_t value, int lane_mask)
 {

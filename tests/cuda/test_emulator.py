@@ -8,7 +8,7 @@ from host_library import broken_library
 
 FAULTS = {
     "missing_barrier": "races with",
-    "uneven_barrier": "not all threads reach: 40 at block_sync, 0 at warp_sync, 24 at an exchange",
+    "uneven_barrier": "not all threads reach: 40 at block_sync, 24 at an exchange",
     "reads_behind": "read of 4 bytes at offset 256 of a buffer of 256",
     "writes_twice": "written twice",
     "writes_input": "write to an input",

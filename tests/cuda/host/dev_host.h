@@ -83,6 +83,10 @@ static inline void block_sync()
 {
     hb_host::block_barrier();
 }
+static inline void warp_sync()
+{
+    hb_host::warp_barrier();
+}
 static inline uint32_t shuffle_xor(uint32_t value, int lane_mask)
 {
     return hb_host::exchange(value, lane_index() ^ lane_mask);

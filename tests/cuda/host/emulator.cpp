@@ -4,7 +4,7 @@
 // ends, in the chosen order; when all wait, whoever is complete goes on: a block barrier when every
 // living thread is there, a warp's exchange when all its lanes are. If nobody can go on, that is a
 // fault. Blocks run one after the other, in the chosen order too.
-#include "dev_host.h"
+#include "hopper.cuh"
 #include "emulator.h"
 #include "runtime_host.h"
 
@@ -17,24 +17,40 @@
 #include <cstdio>
 #include <deque>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace hb_host
 {
 
 thread_state *self;
+void check_range(const void *p, size_t bytes, access kind);
 
 namespace
 {
 
 constexpr size_t STACK_BYTES = 64 * 1024;
-constexpr int NO_THREAD = -1, MANY = -2;
 constexpr int CUDA_ERROR_LAUNCH_FAILURE = 719;
 
-enum class state { ready, at_block_barrier, at_warp_barrier, at_exchange, at_mma, ended };
+enum class state {
+    ready,
+    at_block_barrier,
+    at_warp_barrier,
+    at_exchange,
+    at_mma,
+    at_mbarrier,
+    at_product,
+    at_product_wait,
+    ended
+};
+const char *const STATE_NAMES[] = {"ready",          "at block_sync",     "at warp_sync",
+                                   "at an exchange", "at an mma",         "at an mbarrier",
+                                   "at a product",   "at warpgroup_wait", "ended"};
 
 // A copy under way; its data moved at its issue already (early) or will at the wait for it.
 struct pending_copy {
@@ -56,6 +72,13 @@ struct fiber : thread_state {
         uint32_t a[4], b[2];
         float d[4];
     } mma;
+    product given_product; // that it starts, with its registers
+    float *given_d;
+    bool product_fenced;                                // since accumulators were last its own
+    std::map<float *, std::vector<float>> accumulators; // under way, and their values so far
+    int groups_left;                                    // for which it waits
+    size_t barrier;                                     // where it waits, and for what
+    uint32_t parity;
     std::vector<pending_copy> open_copies;           // since the last async_commit
     std::deque<std::vector<pending_copy>> committed; // groups, the oldest first
 };
@@ -64,15 +87,6 @@ struct buffer {
     size_t bytes;
     bool writable;
     std::vector<int64_t> writer; // global thread number + 1 of each byte in this launch
-};
-
-// What happened to one byte of shared memory, in units of barriers.
-struct shared_byte {
-    int writer = NO_THREAD, reader = NO_THREAD; // reader: the thread, or MANY
-    int64_t write_block_epoch = -1, write_warp_epoch = -1;
-    int64_t read_block_epoch = -1, read_warp_epoch = -1;
-    int reader_warp = NO_THREAD; // or MANY
-    int copier = NO_THREAD;      // whose asynchronous copy to here is under way
 };
 
 std::map<uintptr_t, buffer> buffers;
@@ -89,10 +103,6 @@ jmp_buf scheduler;
 std::vector<unsigned char> shared_bytes;
 unsigned char *shared_start;
 size_t shared_size;
-std::vector<shared_byte> shared_record;
-int64_t block_epoch;
-std::vector<int64_t> warp_epoch;
-int block_threads;
 
 [[noreturn]] void leave()
 {
@@ -115,6 +125,19 @@ int block_threads;
     leave();
 }
 
+#include "emulator_shared.h"
+
+bool completes_early()
+{
+    return completion == 0 || (completion == 2 && random_source() % 2 == 0);
+}
+
+// Where the GPU would have shared memory: 16-byte aligned, no more.
+size_t shared_skew()
+{
+    return 1024 + 16 * (size_t)order;
+}
+
 void wait_as(state where)
 {
     fiber *me = static_cast<fiber *>(self);
@@ -129,6 +152,7 @@ void enter()
     bool under_way = !me->open_copies.empty();
     for (const auto &group : me->committed) under_way = under_way || !group.empty();
     if (under_way) stop("ends with an asynchronous copy that it has not waited for");
+    if (!me->accumulators.empty()) stop("ends with products that it has not waited for");
     me->where = state::ended;
     leave();
 }
@@ -182,19 +206,25 @@ void run_mma(fiber *warp)
     }
 }
 
+#include "emulator_hopper.h"
+
+namespace
+{
+
 // Lets every complete barrier and exchange go on; false when none is.
 bool release()
 {
     bool any = false;
     int waiting = 0, alive = 0;
     for (fiber &f : fibers) {
+        any = any || f.where == state::ready; // by a thread that came last to a product
         alive += f.where != state::ended;
         waiting += f.where == state::at_block_barrier;
     }
     if (alive > 0 && waiting == alive) {
         for (fiber &f : fibers)
             if (f.where == state::at_block_barrier) f.where = state::ready;
-        block_epoch++;
+        clock_of.meet_everybody();
         return true;
     }
     for (size_t first = 0; first < fibers.size(); first += 32) {
@@ -209,9 +239,25 @@ bool release()
                 if (kind == state::at_exchange) f.received = fibers[first + (size_t)f.source].given;
                 f.where = state::ready;
             }
-            if (kind == state::at_warp_barrier) warp_epoch[first / 32]++;
+            if (kind == state::at_warp_barrier) {
+                std::vector<int> threads(32);
+                std::iota(threads.begin(), threads.end(), (int)first);
+                clock_of.meet(threads);
+            }
             any = true;
         }
+    }
+    if (completion == 2 && random_source() % 4 == 0) (void)land_one_late();
+    for (int again = 0; again < 2; again++) {
+        for (fiber &f : fibers)
+            if (f.where == state::at_mbarrier && mbarriers[f.barrier].parity != f.parity) {
+                f.where = state::ready;
+                any = true;
+            }
+        while (!any && land_one_late()) // until that lets somebody go on
+            for (fiber &f : fibers)
+                any = any ||
+                      (f.where == state::at_mbarrier && mbarriers[f.barrier].parity != f.parity);
     }
     return any;
 }
@@ -223,6 +269,8 @@ void run_block(int64_t block, int threads)
         f.index = t;
         f.block = block;
         f.where = state::ready;
+        f.product_fenced = false;
+        f.accumulators.clear();
         f.open_copies.clear();
         f.committed.clear();
         getcontext(&f.start);
@@ -233,8 +281,11 @@ void run_block(int64_t block, int threads)
     }
     std::memset(shared_start, 0xff, shared_size);
     shared_record.assign(shared_size, shared_byte());
-    block_epoch = 0;
-    warp_epoch.assign((size_t)(threads + 31) / 32, 0);
+    readers.clear();
+    clock_of.reset(threads);
+    mbarriers.clear();
+    tensor_moves.clear();
+    products_of.assign((size_t)threads / 32, {});
     std::vector<bool> fresh((size_t)threads, true);
     for (;;) {
         bool alive = false;
@@ -247,15 +298,20 @@ void run_block(int64_t block, int threads)
             }
             alive = alive || f.where != state::ended;
         }
-        if (!alive) return;
+        if (!alive) {
+            if (!tensor_moves.empty())
+                fault = "block " + std::to_string(block) + " ends with a tensor copy under way";
+            return;
+        }
         if (!release()) {
-            int at[6] = {0};
-            for (fiber &f : fibers) at[(int)f.where]++;
-            fault = "barrier that not all threads reach: " + std::to_string(at[1]) +
-                    " at block_sync, " + std::to_string(at[2]) + " at warp_sync, " +
-                    std::to_string(at[3]) + " at an exchange, " + std::to_string(at[4]) +
-                    " at an mma, " + std::to_string(at[5]) + " ended (block " +
-                    std::to_string(block) + ")";
+            fault = "barrier that not all threads reach:";
+            for (int s = 1; s <= (int)state::ended; s++) {
+                const auto there = std::count_if(fibers.begin(), fibers.end(),
+                                                 [=](const fiber &f) { return (int)f.where == s; });
+                if (there != 0) fault += " " + std::to_string(there) + " " + STATE_NAMES[s] + ",";
+            }
+            fault.back() = ' ';
+            fault += "(block " + std::to_string(block) + ")";
             return;
         }
     }
@@ -297,13 +353,6 @@ void mma_16x8x16(int io, float *d, const uint32_t *a, const uint32_t *b)
 unsigned char *shared_base()
 {
     return shared_start;
-}
-
-static void check_range(const void *p, size_t bytes, access kind);
-
-static bool completes_early()
-{
-    return completion == 0 || (completion == 2 && random_source() % 2 == 0);
 }
 
 static void move_data(pending_copy &copy)
@@ -361,7 +410,7 @@ void check_global(const void *p, size_t bytes, access kind)
     check_range(p, bytes, kind);
 }
 
-static void check_range(const void *p, size_t bytes, access kind)
+void check_range(const void *p, size_t bytes, access kind)
 {
     uintptr_t address = (uintptr_t)p;
     const char *verb = kind == access::write ? "write" : "read";
@@ -423,34 +472,14 @@ void check_shared(const void *p, size_t bytes, access kind)
         stop("shared %s of %zu bytes at offset %td of %zu", verb, bytes,
              (ptrdiff_t)(address - base), shared_size);
     if (address % bytes != 0) stop("shared %s of %zu bytes, misaligned", verb, bytes);
-    const int me = self->index, warp = me / 32;
-    const int64_t warp_now = warp_epoch[(size_t)warp];
-    for (size_t i = 0; i < bytes; i++) {
-        shared_byte &byte = shared_record[address - base + i];
-        const size_t offset = address - base + i;
-        if (byte.copier != NO_THREAD)
-            stop("shared byte %zu: %s before the wait for the asynchronous copy of thread %d",
-                 offset, verb, byte.copier);
-        if (byte.writer != NO_THREAD && byte.writer != me &&
-            byte.write_block_epoch == block_epoch &&
-            !(byte.writer / 32 == warp && byte.write_warp_epoch < warp_now))
-            stop("shared byte %zu: %s races with the write of thread %d", offset, verb,
-                 byte.writer);
+    const int me = self->index;
+    for (size_t offset = address - base; offset < address - base + bytes; offset++) {
+        check_settled(offset, me, verb);
         if (kind == access::write) {
-            if (byte.reader != NO_THREAD && byte.reader != me &&
-                byte.read_block_epoch == block_epoch &&
-                !(byte.reader_warp == warp && byte.read_warp_epoch < warp_now))
-                stop("shared byte %zu: write races with a read", offset);
-            byte.writer = me;
-            byte.write_block_epoch = block_epoch;
-            byte.write_warp_epoch = warp_now;
+            check_write(offset, me);
+            record_write(offset, me, clock_of.time[(size_t)me], true);
         } else {
-            bool same = byte.read_block_epoch == block_epoch;
-            byte.reader = same && byte.reader != me && byte.reader != NO_THREAD ? MANY : me;
-            byte.reader_warp =
-                same && byte.reader_warp != warp && byte.reader_warp != NO_THREAD ? MANY : warp;
-            byte.read_block_epoch = block_epoch;
-            byte.read_warp_epoch = warp_now;
+            record_read(offset, me, clock_of.time[(size_t)me]);
         }
     }
 }
