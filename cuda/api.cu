@@ -146,6 +146,8 @@ ON_DEVICE(quantize8, hb_cuda_quantize8)
 ON_DEVICE(dequantize8, hb_cuda_dequantize8)
 ON_DEVICE(quantize_rows8, hb_cuda_quantize_rows8)
 ON_DEVICE(dequantize_rows8, hb_cuda_dequantize_rows8)
+ON_DEVICE(matmul8, hb_cuda_matmul8)
+ON_DEVICE(linear8, hb_cuda_linear8)
 
 // clang-format off: one entry a line, in the order of hb_cuda_api. The entries that are null do not
 // exist yet.
@@ -175,9 +177,9 @@ const hb_cuda_api api = {
     dequantize8,
     quantize_rows8,
     dequantize_rows8,
-    nullptr, // matmul8
-    nullptr, // linear8_workspace
-    nullptr, // linear8
+    matmul8,
+    hb_cuda_linear8_workspace,
+    linear8,
     nullptr, // optimizer_workspace
     nullptr, // optimizer
 };

@@ -56,6 +56,11 @@ HB_DEVICE double shuffle_xor(double value, int lane_mask)
 {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
+// The value of lane `source` (0..31).
+HB_DEVICE uint32_t shuffle(uint32_t value, int source)
+{
+    return __shfl_sync(0xffffffffu, value, source);
+}
 
 // Dynamic shared memory of the block, 16-byte aligned.
 HB_DEVICE unsigned char *shared_memory()
@@ -191,6 +196,11 @@ HB_DEVICE uint32_t mul_high(uint32_t a, uint32_t b)
     return __umulhi(a, b);
 }
 
+// sum + the products of the four int8 of a and b.
+HB_DEVICE int32_t dot4_int8(uint32_t a, uint32_t b, int32_t sum)
+{
+    return __dp4a((int)a, (int)b, sum);
+}
 // Bytes of `low` (0..3) and `high` (4..7): byte i of the result is the one that nibble i of
 // `selector` (each 0..7) names.
 HB_DEVICE uint32_t merge_bytes(uint32_t low, uint32_t high, uint32_t selector)

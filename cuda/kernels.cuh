@@ -25,6 +25,9 @@ int hb_cuda_launch_gather4(const hb_cuda_queue *queue, const hb_cuda_gather4 *ar
 int hb_cuda_launch_quantize_rows8(const hb_cuda_queue *queue, const hb_cuda_quantize_rows8 *args);
 int hb_cuda_launch_dequantize_rows8(const hb_cuda_queue *queue,
                                     const hb_cuda_dequantize_rows8 *args);
+int hb_cuda_launch_matmul8(const hb_cuda_queue *queue, const hb_cuda_matmul8 *args);
+int64_t hb_cuda_linear8_workspace(const hb_cuda_queue *queue, const hb_cuda_linear8 *args);
+int hb_cuda_launch_linear8(const hb_cuda_queue *queue, const hb_cuda_linear8 *args);
 
 // Compute capability (major) and number of multiprocessors of a device, cached; 0 when it cannot be
 // asked.

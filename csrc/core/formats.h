@@ -24,6 +24,9 @@ const hb_codebook4 *hb_codebook4_get(hb_format4 format);
 // Returns the format, or -1 when the name is unknown.
 int hb_format4_from_name(const char *name);
 
+// How products with int8 weights take x: quantized row-wise (LLM.int8()), or as it is (ops.h).
+typedef enum { HB_INT8_DYNAMIC = 0, HB_INT8_EXACT = 1 } hb_int8_mode;
+
 // The block sizes that the bitsandbytes layout knows.
 static inline bool hb_blocksize4_is_valid(int64_t blocksize)
 {

@@ -131,8 +131,6 @@ hb_status hb_matmul_int8(hb_context *context, const hb_device *device, const int
                          const int8_t *b, int64_t m, int64_t n, int64_t depth, int32_t *c,
                          hb_error *error);
 
-typedef enum { HB_INT8_DYNAMIC = 0, HB_INT8_EXACT = 1 } hb_int8_mode;
-
 // w codes [rows, depth], scale [rows]. HB_INT8_DYNAMIC is LLM.int8(): x is quantized row-wise,
 // outlier columns (threshold > 0) are multiplied in float32. HB_INT8_EXACT: float32 x times the
 // dequantized weight. float32 epilogue, rounded once to y's dtype.

@@ -1,5 +1,7 @@
 """The CUDA kernels of LLM.int8() and of 4-bit embeddings on the emulator."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from host_library import DTYPES, FORMATS, STRUCTURES, Scales4, emulated
@@ -9,9 +11,15 @@ from test_codecs import NUMPY, aligned, data, same
 
 from halfbyte import _C
 
-QuantizeRows8, DequantizeRows8, Gather4 = (
-    STRUCTURES[f"hb_cuda_{name}"] for name in ("quantize_rows8", "dequantize_rows8", "gather4")
+QuantizeRows8, DequantizeRows8, Gather4, Matmul8, Linear8 = (
+    STRUCTURES[f"hb_cuda_{name}"]
+    for name in ("quantize_rows8", "dequantize_rows8", "gather4", "matmul8", "linear8")
 )
+U = 2.0**-24  # unit roundoff of float32
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+TINY = {"float32": 2.0**-149, "bfloat16": 2.0**-133, "float16": 2.0**-24}  # smallest subnormal
+INT32, INT64 = 6, 7  # hb_dtype
+STEP = np.float32(1 / 127)
 
 
 def placed(array, offset=0):
@@ -177,3 +185,228 @@ def test_gather4(n, rows, depth, quant_type, blocksize, nested, dtype, offset, o
     inside = (index >= -rows) & (index < rows)
     expected[inside] = table.view(NUMPY[dtype])[index[inside]]
     assert same(out.reshape(n, depth), expected)
+
+
+# ---- products -----------------------------------------------------------------------------------
+
+
+def matmul(a, b, offset=0, order=0):
+    emulator = emulated()
+    emulator.reset(order, seed=a.size)
+    a, b = placed(a, offset), placed(b, offset)
+    c = np.zeros((a.shape[0], b.shape[0]), np.int32)
+    emulator.run("matmul8", Matmul8(a=emulator.register(a), b=emulator.register(b), m=a.shape[0], n=b.shape[0],
+                 depth=a.shape[1], c=emulator.register(c, True)))  # fmt: skip
+    return c
+
+
+def check_matmul(m, n, depth, offset=0, order=0):
+    rng = np.random.default_rng(m + 100 * n + depth)
+    a = rng.integers(-128, 128, (m, depth)).astype(np.int8)
+    b = rng.integers(-128, 128, (n, depth)).astype(np.int8)
+    assert np.array_equal(matmul(a, b, offset, order), a.astype(np.int32) @ b.astype(np.int32).T)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("m", [1, 8, 16, 17, 33, 64, 70])
+def test_matmul(m, order):
+    check_matmul(m, 40, 160, 0, order)
+
+
+def test_matmul_largest_sums():
+    depth = 131056
+    a = np.full((17, depth), -128, np.int8)
+    assert (matmul(a, a[:8]) == depth << 14).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.one_of(st.integers(0, 300), st.integers(1, 30).map(lambda n: 16 * n)),
+    st.integers(0, 5),
+    st.integers(0, 2),
+)
+def test_matmul_any_shape(m, n, depth, offset, order):
+    check_matmul(m, n, depth, offset, order)
+
+
+def case(m, rows, depth, dtype, kind="none", experts=None, transposed=False):
+    """x, codes, scale, as a layer has them."""
+    rng = np.random.default_rng(m * 1000003 + rows * 1009 + depth)
+    steps = rows if transposed else depth
+    x = with_outliers(data(m * steps, dtype, m).reshape(m, steps), kind)
+    shape = (rows, depth) if experts is None else (experts, rows, depth)
+    codes = rng.integers(-128, 128, shape).astype(np.int8)
+    return x, codes, np.exp(rng.normal(-3, 1, shape[:-1])).astype(np.float32)
+
+
+def linear(x, codes, scale, *, bias=None, threshold=0.0, mode="dynamic", transposed=False, offsets=None,
+           offset=0, order=0):  # fmt: skip
+    emulator = emulated()
+    emulator.reset(order, seed=x.size)
+    rows, depth = codes.shape[-2:]
+    m, outputs = x.shape[0], depth if transposed else rows
+    x, codes = placed(x, offset), placed(codes, offset)
+    y = placed(np.full((m, outputs), 7, x.dtype), offset)
+    args = Linear8(x=emulator.register(x), codes=emulator.register(codes), scale=emulator.register(scale),
+                   y=emulator.register(y, True), io_dtype=DTYPES[x.dtype.name], mode=int(mode == "exact"),
+                   transposed=transposed, threshold=threshold, m=m, rows=rows, depth=depth)  # fmt: skip
+    if bias is not None:
+        args.bias, args.bias_dtype = emulator.register(bias), DTYPES[bias.dtype.name]
+    if offsets is not None:
+        args.offsets, args.experts = emulator.register(offsets), codes.shape[0]
+        args.offsets_dtype = INT32 if offsets.dtype == np.int32 else INT64
+    queue = STRUCTURES["hb_cuda_queue"](0, None)
+    size = emulator.api.linear8_workspace(ctypes.byref(queue), ctypes.byref(args))
+    assert size % 256 == 0 and (mode == "dynamic" or size == 0)
+    workspace = aligned(size, np.uint8)
+    if size:
+        args.workspace = emulator.register(workspace, True)
+    emulator.run("linear8", args)
+    return y
+
+
+def expert_of(m, offsets):
+    """The expert of each row, or -1."""
+    ends = np.minimum(np.maximum.accumulate(np.maximum(offsets.astype(np.int64), 0)), m)
+    expert = np.searchsorted(ends, np.arange(m), side="right")
+    return np.where(expert < offsets.size, expert, -1)
+
+
+def check_dynamic(x, codes, scale, threshold=0.0, bias=None, offsets=None, **how):
+    """Bit for bit the documented float32 operations with up to one outlier column, else their bound."""
+    dtype, m = x.dtype.name, x.shape[0]
+    y = linear(x, codes, scale, bias=bias, threshold=threshold, offsets=offsets, **how)
+    cx, sx, marks = (np.asarray(part) for part in _C.quantize_rows_int8(x, threshold))
+    columns = np.flatnonzero(marks) if threshold else np.zeros(0, int)
+    expert = np.zeros(m, int) if offsets is None else expert_of(m, offsets)
+    stack = codes if offsets is not None else codes[None]
+    factor = ((scale if offsets is not None else scale[None]) * STEP).astype(np.float32)
+    bias = None if bias is None else (bias if offsets is not None else bias[None]).astype(np.float32)
+    exact, size, single = np.zeros(y.shape), np.zeros(y.shape), np.zeros(y.shape, np.float32)
+    with np.errstate(all="ignore"):
+        for e in np.unique(expert[expert >= 0]):
+            here = expert == e
+            c = cx[here].astype(np.int64) @ stack[e].astype(np.int64).T
+            x_factor = (sx[here] * STEP)[:, None]
+            wide, outliers = x[here][:, columns].astype(np.float64), stack[e][:, columns].astype(np.float64)
+            value = c.astype(np.float32) * x_factor
+            if columns.size:
+                value = value + (wide @ outliers.T).astype(np.float32)
+            value = value * factor[e]
+            single[here] = value if bias is None else value + bias[e]
+            exact[here] = (c * x_factor.astype(np.float64) + wide @ outliers.T) * factor[e]
+            size[here] = (np.abs(c * x_factor) + np.abs(wide) @ np.abs(outliers).T) * factor[e]
+            if bias is not None:
+                exact[here] += bias[e]
+                size[here] += np.abs(bias[e])
+        rounded = single.astype(x.dtype)
+    if columns.size <= 1:
+        assert same(y, rounded)
+        if offsets is None and np.isfinite(x.astype(np.float32)).all():
+            cpu = _C.linear_8bit(x, codes, scale, None if bias is None else bias[0], threshold)
+            assert same(y, np.asarray(cpu).view(x.dtype))
+    else:  # each term: a sum over the columns, and at most 8 operations more
+        finite = np.isfinite(exact) & np.isfinite(rounded.astype(np.float64))
+        bound = size * (columns.size + 8) * U + np.abs(exact) * UNIT[dtype] * 1.01 + TINY[dtype]
+        error = np.abs(y.astype(np.float64)[finite] - exact[finite])
+        assert (error <= bound[finite]).all(), (error - bound[finite]).max()
+        assert np.array_equal(np.isnan(y), np.isnan(rounded))
+
+
+@pytest.mark.parametrize("kind", ["none", "one", "many", "all", "bad"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 5, 16, 17, 40])
+def test_dynamic(m, dtype, kind):
+    x, codes, scale = case(m, 24, 96, dtype, kind)
+    bias = data(24, "float32", m)
+    for threshold in (0.0, 6.0):
+        check_dynamic(x, codes, scale, threshold, bias, order=m % 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.one_of(st.integers(0, 200), st.integers(1, 20).map(lambda n: 16 * n)),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from([0.0, 1.0, 6.0]),
+    st.sampled_from(["none", "one", "many", "all", "bad"]),
+    st.sampled_from([None, *DTYPES]),
+    st.integers(0, 3),
+    st.integers(0, 2),
+)
+def test_dynamic_any_shape(m, rows, depth, dtype, threshold, kind, bias, offset, order):
+    x, codes, scale = case(m, rows, depth, dtype, kind)
+    check_dynamic(x, codes, scale, threshold, None if bias is None else data(rows, bias, m), offset=offset,
+                  order=order)  # fmt: skip
+
+
+def check_float(x, codes, scale, bias=None, transposed=False, offsets=None, **how):
+    """Exact mode and transposed products: float32 products and sums, in any order (docs/numerics.md)."""
+    dtype, m = x.dtype.name, x.shape[0]
+    y = linear(x, codes, scale, bias=bias, mode="exact", transposed=transposed, offsets=offsets, **how)
+    expert = np.zeros(m, int) if offsets is None else expert_of(m, offsets)
+    weight = codes * (scale[..., None] / 127.0)
+    weight = weight if offsets is not None else weight[None]
+    wide = x.astype(np.float64)
+    exact, size = np.zeros(y.shape), np.zeros(y.shape)
+    for e in np.unique(expert[expert >= 0]):
+        here, w = expert == e, weight[e] if transposed else weight[e].T
+        exact[here], size[here] = wide[here] @ w, np.abs(wide[here]) @ np.abs(w)
+        if bias is not None:
+            b = (bias if offsets is not None else bias[None])[e].astype(np.float64)
+            exact[here] += b
+            size[here] += np.abs(b)
+    bound = size * (x.shape[1] / 8 + 16) * U + np.abs(exact) * UNIT[dtype] * 1.01 + TINY[dtype]
+    error = np.abs(y.astype(np.float64) - exact)
+    assert (error <= bound).all(), (error - bound).max()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 7, 16, 17, 40])
+def test_float(m, dtype, transposed):
+    x, codes, scale = case(m, 48, 160, dtype, transposed=transposed)
+    check_float(x, codes, scale, None if transposed else data(48, "bfloat16", m), transposed, order=m % 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.one_of(st.integers(0, 200), st.integers(1, 20).map(lambda n: 16 * n)),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from([None, *DTYPES]),
+    st.booleans(),
+    st.integers(0, 3),
+    st.integers(0, 2),
+)
+def test_float_any_shape(m, rows, depth, dtype, bias, transposed, offset, order):
+    x, codes, scale = case(m, rows, depth, dtype, transposed=transposed)
+    bias = None if bias is None or transposed else data(rows, bias, m)
+    check_float(x, codes, scale, bias, transposed, offset=offset, order=order)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(-3, 50), min_size=1, max_size=70),
+    st.booleans(),
+    st.integers(1, 48),
+    st.sampled_from([16, 17, 48, 64]),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from(["dynamic", "exact", "transposed"]),
+    st.booleans(),
+    st.integers(0, 2),
+)
+def test_experts(offsets, ascending, m, rows, dtype, how, wide, order):
+    """Offsets in any disorder, more experts than lanes of a warp, empty ones, rows that meet nobody."""
+    offsets = np.asarray(sorted(offsets) if ascending else offsets, np.int64 if wide else np.int32)
+    x, codes, scale = case(m, rows, 32, dtype, "one", offsets.size, how == "transposed")
+    bias = data(offsets.size * rows, "float32", m).reshape(-1, rows)
+    if how == "dynamic":
+        check_dynamic(x, codes, scale, 6.0, bias, offsets, order=order)
+    else:
+        transposed = how == "transposed"
+        check_float(x, codes, scale, None if transposed else bias, transposed, offsets, order=order)

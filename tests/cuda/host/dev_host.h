@@ -100,6 +100,10 @@ static inline double shuffle_xor(double value, int lane_mask)
     std::memcpy(&value, &bits, sizeof bits);
     return value;
 }
+static inline uint32_t shuffle(uint32_t value, int source)
+{
+    return hb_host::exchange(value, source);
+}
 static inline unsigned char *shared_memory()
 {
     return hb_host::shared_base();
@@ -202,6 +206,12 @@ static inline int count_leading_zeros(uint32_t x)
 static inline uint32_t mul_high(uint32_t a, uint32_t b)
 {
     return (uint32_t)((uint64_t)a * b >> 32);
+}
+static inline int32_t dot4_int8(uint32_t a, uint32_t b, int32_t sum)
+{
+    for (int i = 0; i < 4; i++)
+        sum = (int32_t)((uint32_t)sum + (uint32_t)((int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i)));
+    return sum;
 }
 static inline uint32_t merge_bytes(uint32_t low, uint32_t high, uint32_t selector)
 {
