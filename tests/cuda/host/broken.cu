@@ -27,7 +27,7 @@ HB_KERNEL(64) missing_barrier(HB_ARGS broken_args a)
 HB_KERNEL(64) uneven_barrier(HB_ARGS broken_args a)
 {
     if (thread_index() < 40) block_sync();
-    if (thread_index() >= 40) shuffle_xor(0, 1);
+    if (thread_index() >= 40) shuffle_xor(0u, 1);
     store(a.out + thread_index(), 0.0f);
 }
 
