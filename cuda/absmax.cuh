@@ -1,4 +1,4 @@
-// The largest magnitude of a block of elements, as every quantizer needs it.
+// The largest magnitude of a block of elements and its inverse, as every quantizer needs them.
 //
 // Magnitudes are compared as bit patterns, which order like them; every NaN lies above infinity.
 #ifndef HB_CUDA_ABSMAX_CUH
@@ -22,6 +22,13 @@ HB_DEVICE float absmax_of_lanes(uint32_t largest, int lanes)
     for (int mask = 1; mask < lanes; mask *= 2)
         largest = max_u32(largest, shuffle_xor(largest, mask));
     return bits_float(largest > 0x7f800000u ? NAN_BITS : largest);
+}
+
+// hb_inverse_scale (core/formats.h) with the rounding of the CPU.
+HB_DEVICE float inverse_scale(float scale)
+{
+    const float inverse = div_rn(1.0f, scale);
+    return scale == 0.0f ? 0.0f : inverse == 0.0f ? bits_float(1) : inverse;
 }
 
 #endif

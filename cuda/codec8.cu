@@ -1,6 +1,6 @@
 // 8-bit block-wise quantize and dequantize with any 256-entry map, the bits of the CPU's kernels.
 //
-//   v = x * (1 / absmax[b]), both rounded;  code = #{t in threshold: v > t};  x' = map[code] *
+//   v = x * inverse(absmax[b]), both rounded;  code = #{t in threshold: v > t};  x' = map[code] *
 //   absmax
 //
 // Quantize: a warp takes a block of any size and reads it twice, the second time from the cache;
@@ -39,7 +39,7 @@ template <int IO, int EACH> HB_KERNEL(THREADS) quantize8_kernel(HB_ARGS hb_cuda_
     const float absmax = absmax_of_lanes(largest, HB_LANES);
     if (lane_index() == 0) store(a.absmax + block, absmax);
 
-    const float inverse = div_rn(1.0f, absmax);
+    const float inverse = inverse_scale(absmax);
     for (int64_t i = first; i < end; i += HB_LANES * EACH) {
         if (EACH == 8 && i + EACH <= end) {
             load8<IO>(a.x, i, value);

@@ -1,6 +1,6 @@
 // NF4 and FP4 quantize: x [n] -> absmax per block and packed codes, the bits of the CPU's kernels.
 //
-//   v = x * (1 / absmax[b]), both rounded;  code = code_of_rank[#{t in threshold: v > t}]
+//   v = x * inverse(absmax[b]), both rounded;  code = code_of_rank[#{t in threshold: v > t}]
 //
 // A lane takes 8 consecutive elements (two or one 16-byte loads, one 4-byte store of codes), so a
 // block of up to 256 elements is reduced by 2 to 5 shuffles inside its warp. Longer blocks belong
@@ -72,7 +72,7 @@ quantize4_kernel(HB_ARGS hb_cuda_quantize4 a)
     const float absmax = absmax_of_lanes(largest, lanes);
     if (first < a.n && lane_index() % lanes == 0) store(a.absmax + first / a.blocksize, absmax);
 
-    const float inverse = div_rn(1.0f, absmax);
+    const float inverse = inverse_scale(absmax);
     for (int64_t c = 0; c < chunks; c++) {
         if (LONG) take8<IO, ALIGNED>(a, first + c * WARP_ELEMENTS, value);
         put8<ALIGNED>(a, encoder, nan_code, first + c * WARP_ELEMENTS, value, inverse);

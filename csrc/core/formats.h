@@ -39,6 +39,14 @@ static inline bool hb_blocksize4_is_valid(int64_t blocksize)
 // l + half, half = LANES / 2 .. 1.
 enum { HB_MEAN_CHUNK = 2048, HB_MEAN_LANES = 32, HB_MEAN_CHUNK_LANES = 256 };
 
+// What the elements of a block are multiplied by before they are encoded: 1 / scale. Zeros stay
+// zero where the scale is 0, and an infinity stays one where the scale is infinite.
+static inline float hb_inverse_scale(float scale)
+{
+    const float inverse = 1.0f / scale;
+    return scale == 0.0f ? 0.0f : inverse == 0.0f ? 0x1p-149f : inverse;
+}
+
 static inline int64_t hb_ceil_div(int64_t n, int64_t d)
 {
     return n / d + (n % d != 0);

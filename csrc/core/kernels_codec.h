@@ -51,9 +51,9 @@ void hb_search8_init(hb_search8 *search, const float *map);
 // absmax[b] = max |x| of block b, NaN when the block holds one. Any blocksize >= 1.
 typedef void hb_absmax_fn(const void *x, int64_t n, int64_t blocksize, float *absmax);
 
-// 4-bit codes of v = x * (1 / absmax[b]), as formats.def says; |v| > 1 saturates. blocksize is a
-// power of two, 32..4096. packed [(n + 1) / 2], even element in the high nibble; for an odd n the
-// last low nibble is the code of 0.0.
+// 4-bit codes of v = x * hb_inverse_scale(absmax[b]), as formats.def says; |v| > 1 saturates.
+// blocksize is a power of two, 32..4096. packed [(n + 1) / 2], even element in the high nibble; for
+// an odd n the last low nibble is the code of 0.0.
 typedef void hb_encode4_fn(const void *x, int64_t n, hb_format4 format, int64_t blocksize,
                            const float *absmax, uint8_t *packed);
 
@@ -71,7 +71,7 @@ typedef void hb_decode4_fn(const uint8_t *packed, int64_t start, int64_t n, hb_f
 typedef int64_t hb_search4_fn(const float *x, const float *weight, int64_t n, hb_format4 format,
                               const float *candidates, int64_t count);
 
-// Codes of v = x * (1 / absmax[b]); v = NaN has code 0. Any blocksize >= 1.
+// Codes of v = x * hb_inverse_scale(absmax[b]); v = NaN has code 0. Any blocksize >= 1.
 typedef void hb_encode8_fn(const void *x, int64_t n, const hb_search8 *search, int64_t blocksize,
                            const float *absmax, uint8_t *codes);
 // out[i] = map[codes[i]] * absmax[i / blocksize].

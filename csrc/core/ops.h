@@ -107,7 +107,7 @@ void hb_map8_fill(hb_map8 which, float *map);
 int hb_map8_from_name(const char *name); // -1 when unknown
 
 // map: 256 finite ascending values (HB_ERR_VALUE otherwise). codes [n], absmax [ceil(n/blocksize)].
-// Any blocksize >= 1. Nearest entry of x * (1/absmax); a tie goes to the even index.
+// Any blocksize >= 1. Nearest entry of x * hb_inverse_scale(absmax); a tie goes to the even index.
 hb_status hb_quantize_8bit(hb_context *context, const hb_view *x, const float *map,
                            int64_t blocksize, uint8_t *codes, float *absmax, hb_error *error);
 hb_status hb_dequantize_8bit(hb_context *context, const uint8_t *codes, const float *absmax,

@@ -3,8 +3,8 @@
 //   x ~ map[code] * absmax[i / blocksize]           codes uint8 [n], absmax float32 [ceil(n /
 //   blocksize)]
 //
-// Source: arXiv:2110.02861 §2. Accuracy: exact nearest entry of x * (1 / absmax), see maps8.c; the
-// same for every thread count and ISA.
+// Source: arXiv:2110.02861 §2. Accuracy: exact nearest entry of x / absmax as two roundings give
+// it, see maps8.c; the same for every thread count and ISA.
 #include "core/ops_cuda.h"
 #include "core/pieces.h"
 

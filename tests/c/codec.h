@@ -44,6 +44,13 @@ static inline codec_input codec_make_input(check *c, int64_t n, hb_dtype io, boo
     return input;
 }
 
+// What v = x * ... is multiplied by: zeros stay zero, infinities stay infinite (docs/numerics.md).
+static inline float codec_inverse(float scale)
+{
+    if (scale == 0.0f) return 0.0f;
+    return isinf(scale) ? 1.40129846e-45f : 1.0f / scale;
+}
+
 static inline float codec_absmax(const float *x, int64_t n)
 {
     float largest = 0.0f;

@@ -31,7 +31,7 @@ static void plain_encode_blocks(const float *x, int64_t n, hb_format4 format, in
                                 const float *absmax, uint8_t *packed)
 {
     for (int64_t i = 0; i < n; i++) {
-        float inverse = 1.0f / absmax[i / blocksize];
+        float inverse = codec_inverse(absmax[i / blocksize]);
         uint8_t code = plain_encode(format, x[i] * inverse);
         if (i % 2 == 0)
             packed[i / 2] = (uint8_t)(code << 4 | code_of_zero[format]);

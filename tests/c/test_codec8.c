@@ -109,7 +109,8 @@ CHECK_GROUP(codec8_encode)
                 uint8_t *want = check_buffer(c, (size_t)n, CHECK_END);
                 uint8_t *got = check_buffer(c, (size_t)n, CHECK_END);
                 for (int64_t i = 0; i < n; i++)
-                    want[i] = plain_encode(map, x.values[i] * (1.0f / absmax[i / blocksize]), 128);
+                    want[i] =
+                        plain_encode(map, x.values[i] * codec_inverse(absmax[i / blocksize]), 128);
                 c->kernels->codec.encode8[io](x.data, n, &search, blocksize, absmax, got);
                 check_equal(c, got, want, (size_t)n, "map8 encode %s n=%lld blocksize=%lld",
                             hb_dtype_name(io), (long long)n, (long long)blocksize);

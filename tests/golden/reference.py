@@ -94,8 +94,8 @@ def divide(a: float, b: float) -> float:
 
 
 def reciprocal(a: float) -> float:
-    """float32 1 / a, a >= 0; infinity for zero."""
-    return inf if a == 0 else 0.0 if isinf(a) else f32(1 / Fraction(a))
+    """float32 1 / a, a >= 0; 0 for zero and the smallest number for infinity."""
+    return 0.0 if a == 0 else 2.0**-149 if isinf(a) else f32(1 / Fraction(a))
 
 
 # ---- bits -----------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ def plain_quantize(x: np.ndarray, table: np.ndarray, blocksize: int) -> tuple[np
     step = min(blocksize, x.size)
     absmax = np.array([np.abs(x[i : i + step]).max() for i in range(0, x.size, step)], np.float32)
     with np.errstate(all="ignore"):
-        v = x * np.repeat(np.float32(1) / absmax, step)[: x.size]
+        inverse = np.where(absmax == 0, np.float32(0), np.float32(1) / absmax)
+        v = x * np.repeat(inverse, step)[: x.size]
         codes = np.searchsorted(borders(table), v, side="left").astype(np.uint8)
     codes[np.isnan(v)] = 0
     return codes, absmax
@@ -84,8 +85,12 @@ def test_blockwise_strides_and_trouble():
             _C.dequantize_8bit(*got, "dynamic", blocksize, out=out)
             dense = _C.dequantize_8bit(*got, "dynamic", blocksize, "float16")
             assert np.array_equal(out, dense, equal_nan=True)
-    zeros = _C.quantize_8bit(np.zeros(100, np.float32), "dynamic", 64)
-    assert not zeros[0].any() and not zeros[1].any()
+    x = np.zeros(100, np.float32)
+    x[70] = -np.inf
+    codes, absmax = _C.quantize_8bit(x, "dynamic", 64)
+    back = _C.dequantize_8bit(codes, absmax, "dynamic", 64)
+    assert absmax[0] == 0 and (back[:64] == 0).all() and not np.signbit(back[:64]).any()
+    assert np.isnan(np.delete(back[64:], 6)).all() and back[70] == -np.inf
 
 
 def test_bad_maps_and_blocksizes():

@@ -12,7 +12,7 @@ static inline void encode_block(const float *values, float absmax, const ladder 
 {
     ladder l = *from; // is_signed known to the compiler
     l.is_signed = keep_sign;
-    const __m256 inverse = _mm256_set1_ps(1.0f / absmax);
+    const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(absmax));
     const __m256i least = _mm256_sub_epi8(l.zero, _mm256_set1_epi8(1));
     for (int i = 0; i < BLOCK; i += 32) {
         __m256 v[4];

@@ -92,7 +92,7 @@ static inline void encode_blocks(const void *x, int64_t n, hb_format4 format, in
     __m256i rank[4];
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
-        const __m256 inverse = _mm256_set1_ps(1.0f / absmax[i >> shift]);
+        const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(absmax[i >> shift]));
         for (int g = 0; g < 4; g++) {
             __m256 v = _mm256_mul_ps(load_f32x8(x, i + 8 * g, io), inverse);
             rank[g] = rank_of(&e, v, nan_is_zero);
@@ -100,7 +100,7 @@ static inline void encode_blocks(const void *x, int64_t n, hb_format4 format, in
         _mm_storeu_si128((void *)(packed + i / 2), pack_codes(&e, rank));
     }
     if (i == n) return;
-    const __m256 inverse = _mm256_set1_ps(1.0f / absmax[i >> shift]);
+    const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(absmax[i >> shift]));
     for (int g = 0; g < 4; g++) {
         int64_t at = i + 8 * g;
         rank[g] = _mm256_setzero_si256();

@@ -11,7 +11,7 @@ static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *sear
 {
     const ladder l = load_ladder(&search->ladder);
     for (int64_t i = 0; i < n; absmax++) {
-        const __m256 inverse = _mm256_set1_ps(1.0f / *absmax);
+        const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;
         for (; i < end; i += 32) {
             uint8_t part[32], *target = i + 32 <= end ? codes + i : part;
@@ -40,7 +40,7 @@ static inline void search_blocks(const void *x, int64_t n, const hb_search8 *sea
 {
     const tree t = load_tree(search);
     for (int64_t i = 0; i < n; absmax++) {
-        const __m256 inverse = _mm256_set1_ps(1.0f / *absmax);
+        const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;
         for (; i < end; i += 8) {
             __m256 v = _mm256_mul_ps(load_upto_f32x8(x, i, end, io), inverse);

@@ -21,7 +21,7 @@ static inline void encode_block(const float *values, float absmax, const ladder 
     ladder own = *from; // is_signed known to the compiler
     own.is_signed = keep_sign;
     const ladder *l = &own;
-    const __m512 inverse = _mm512_set1_ps(1.0f / absmax);
+    const __m512 inverse = _mm512_set1_ps(hb_inverse_scale(absmax));
     const __m512i least = _mm512_sub_epi8(l->zero, _mm512_set1_epi8(1));
     for (int i = 0; i < BLOCK; i += 64) {
         __m512 v[4];

@@ -123,8 +123,8 @@ static inline void encode_blocks(const void *x, int64_t n, hb_format4 format, in
     __m512i slot[4];
     for (; i + 64 <= n; i += 64) {
         // Two scales, for blocks of 32.
-        __m512 inverse[2] = {_mm512_set1_ps(1.0f / absmax[i >> shift]),
-                             _mm512_set1_ps(1.0f / absmax[(i + 32) >> shift])};
+        __m512 inverse[2] = {_mm512_set1_ps(hb_inverse_scale(absmax[i >> shift])),
+                             _mm512_set1_ps(hb_inverse_scale(absmax[(i + 32) >> shift]))};
         for (int g = 0; g < 4; g++) {
             __m512 v = _mm512_mul_ps(load_f32x16(x, i + 16 * g, io), inverse[g / 2]);
             slot[g] = slot_of(&e, v, mirrored);
@@ -137,7 +137,7 @@ static inline void encode_blocks(const void *x, int64_t n, hb_format4 format, in
         slot[g] = _mm512_setzero_si512();
         if (at >= n) continue;
         __m512 v = _mm512_mul_ps(load_lanes_f32x16(x, at, first_lanes(n - at), io),
-                                 _mm512_set1_ps(1.0f / absmax[at >> shift]));
+                                 _mm512_set1_ps(hb_inverse_scale(absmax[at >> shift])));
         slot[g] = slot_of(&e, v, mirrored);
     }
     const int64_t bytes = (n - i + 1) / 2;

@@ -12,7 +12,7 @@ static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *sear
 {
     const ladder l = load_ladder(&search->ladder);
     for (int64_t i = 0; i < n; absmax++) {
-        const __m512 inverse = _mm512_set1_ps(1.0f / *absmax);
+        const __m512 inverse = _mm512_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;
         for (; i + 64 <= end; i += 64) {
             __m512 v[4];
@@ -46,7 +46,7 @@ static inline void search_blocks(const void *x, int64_t n, const hb_search8 *sea
 {
     const tree t = load_tree(search);
     for (int64_t i = 0; i < n; absmax++) {
-        const __m512 inverse = _mm512_set1_ps(1.0f / *absmax);
+        const __m512 inverse = _mm512_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;
         for (; i + 16 <= end; i += 16) {
             __m512i code = code_of(&t, _mm512_mul_ps(load_f32x16(x, i, io), inverse));

@@ -84,7 +84,7 @@ static inline void encode_blocks(const void *x, int64_t n, hb_format4 format, in
     const encoder e = make_encoder(format);
     const int shift = __builtin_ctzll((uint64_t)blocksize);
     for (int64_t i = 0; i < n; i += 32) {
-        const float32x4_t inverse = vdupq_n_f32(1.0f / absmax[i >> shift]);
+        const float32x4_t inverse = vdupq_n_f32(hb_inverse_scale(absmax[i >> shift]));
         uint32x4_t rank[8];
         for (int g = 0; g < 8; g++) {
             float32x4_t v = vmulq_f32(load_upto_f32x4(x, i + 4 * g, n, io), inverse);

@@ -54,7 +54,7 @@ static inline void encode_blocks(const void *x, int64_t n, const hb_search8 *sea
 {
     const tree t = load_tree(search);
     for (int64_t i = 0; i < n; absmax++) {
-        const float inverse = 1.0f / *absmax;
+        const float inverse = hb_inverse_scale(*absmax);
         const int64_t end = n - i < blocksize ? n : i + blocksize;
         for (; i < end; i += 4) {
             uint32_t code[4];

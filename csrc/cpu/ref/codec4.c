@@ -1,7 +1,7 @@
 // 4-bit codebook formats (NF4, FP4): quantize, dequantize, scale search. The reference.
 //
-//   encode:  v = x * (1 / absmax[b]);  rank = #{t in threshold: v > t};  code = code_of_rank[rank]
-//   decode:  x' = value[code] * absmax[b], rounded once to the output's dtype
+//   encode:  v = x * inverse(absmax[b]);  rank = #{t in threshold: v > t};  code =
+//   code_of_rank[rank] decode:  x' = value[code] * absmax[b], rounded once to the output's dtype
 //
 //   packed byte   0               1               2
 //   bits        7654 3210       7654 3210       7654 3210
@@ -40,7 +40,8 @@ static void encode_blocks(const void *x, int64_t n, hb_format4 format, int64_t b
 {
     const hb_codebook4 *book = hb_codebook4_get(format);
     for (int64_t i = 0; i < n; i += 2) {
-        float inverse = 1.0f / absmax[i / blocksize]; // blocksize is even: a byte has one scale
+        float inverse =
+            hb_inverse_scale(absmax[i / blocksize]); // blocksize is even: a byte has one scale
         uint8_t high = encode(book, hb_load_f32(x, i, io) * inverse);
         uint8_t low =
             i + 1 < n ? encode(book, hb_load_f32(x, i + 1, io) * inverse) : encode(book, 0.0f);

@@ -1,6 +1,6 @@
 // 8-bit block-wise format with a 256-entry map: quantize and dequantize. The reference.
 //
-//   encode:  v = x * (1 / absmax[b]);  code = #{i < 255: v > threshold[i]},  0 for v = NaN
+//   encode:  v = x * inverse(absmax[b]);  code = #{i < 255: v > threshold[i]},  0 for v = NaN
 //   decode:  x' = map[code] * absmax[b], rounded once to the output's dtype
 //
 // One byte per element, in order. Source: 8-bit Optimizers via Block-wise Quantization
@@ -22,7 +22,7 @@ static void encode_blocks(const void *x, int64_t n, const hb_search8 *search, in
 {
     int64_t i = 0;
     for (int64_t b = 0; i < n; b++) {
-        float inverse = 1.0f / absmax[b];
+        float inverse = hb_inverse_scale(absmax[b]);
         for (int64_t j = 0; j < blocksize && i < n; j++, i++)
             codes[i] = encode(search, hb_load_f32(x, i, io) * inverse);
     }
