@@ -7,13 +7,15 @@
 // warp a chunk. In the second every thread block folds these sums to the offset for itself (a few
 // kilobytes from the L2 cache; another launch would cost more), builds the search tree of the map
 // once, and then its warps quantize one nested block after the other as codec8.cu does. The order
-// of all additions is that of formats.h, so that the offset does not depend on the machine.
+// of all additions is that of core/sums.h, so that the offset does not depend on the machine.
 //
 // Source: QLoRA (arXiv:2305.14314) §3. Floor: 9 bytes a scale, 5 of them the second time from L2;
 // at 64 weights a scale nothing beside the weights' own 2.5 bytes each.
 #include "absmax.cuh"
 #include "kernels.cuh"
 #include "search8.cuh"
+
+#include "core/sums.h"
 
 namespace
 {
@@ -22,9 +24,9 @@ enum {
     THREADS = 256,
     WARPS = THREADS / HB_LANES,
     MOST_BLOCKS = 1024, // of the second launch: they read all sums each
-    FOLD_BYTES = HB_MEAN_CHUNK_LANES * 8
+    FOLD_BYTES = HB_SUM_LANES * 8
 };
-static_assert((int)HB_MEAN_LANES == (int)HB_LANES && (int)HB_MEAN_CHUNK_LANES == (int)THREADS,
+static_assert((int)HB_MEAN_LANES == (int)HB_LANES && (int)HB_SUM_LANES == (int)THREADS,
               "the folds are over a warp and over a block");
 
 struct nest_args {
@@ -73,7 +75,7 @@ HB_KERNEL(THREADS) nest4_kernel(HB_ARGS nest_args args)
 {
     const hb_cuda_nest4 &a = args.a;
     double *fold = (double *)shared_memory();
-    float *tree = (float *)(fold + HB_MEAN_CHUNK_LANES);
+    float *tree = (float *)(fold + HB_SUM_LANES);
     search8_fill(a.map, tree);
     const float offset = mean_of_chunks(args, fold);
     if (block_index() == 0 && thread_index() == 0) store(a.offset, offset);

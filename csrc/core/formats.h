@@ -33,12 +33,6 @@ static inline bool hb_blocksize4_is_valid(int64_t blocksize)
     return blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0;
 }
 
-// The order in which the scales of a tensor are added for their mean, in float64, so that CPU and
-// GPU find the same: inside a chunk element i goes to lane i % LANES, and the sum of chunk c to
-// lane c % CHUNK_LANES, each in ascending order from 0; lanes are folded in halves, lane l += lane
-// l + half, half = LANES / 2 .. 1.
-enum { HB_MEAN_CHUNK = 2048, HB_MEAN_LANES = 32, HB_MEAN_CHUNK_LANES = 256 };
-
 // What the elements of a block are multiplied by before they are encoded: 1 / scale. Zeros stay
 // zero where the scale is 0, and an infinity stays one where the scale is infinite.
 static inline float hb_inverse_scale(float scale)

@@ -35,7 +35,8 @@ typedef struct {
 typedef void hb_optim_fn(float *p, const float *g, float *m, float *slow, float *v, int64_t n,
                          const hb_optim_scalars *s);
 // Sum over the elements of the square of the update that the step would make before lr, scale and
-// weight decay (the norm that LAMB and LARS limit), in float64; states are not written.
+// weight decay (the norm that LAMB and LARS limit), in float64 and in the order of sums.h for a
+// piece; states are not written.
 typedef double hb_optim_norm_fn(const float *p, const float *g, const float *m, const float *v,
                                 int64_t n, const hb_optim_scalars *s);
 // out[i] = x[i] widened / rounded once.

@@ -10,6 +10,7 @@
 // absmax clips the largest elements to the end codes; any reader of the layout decodes it.
 #include "core/ops_cuda.h"
 #include "core/pieces.h"
+#include "core/sums.h"
 
 static const float search_factors[] = {1.00f, 0.70f, 0.72f, 0.74f, 0.76f, 0.78f, 0.80f,
                                        0.82f, 0.84f, 0.86f, 0.88f, 0.90f, 0.92f, 0.94f,
@@ -180,14 +181,6 @@ static void nest_blocks(void *arg, int64_t begin, int64_t end, int lane)
     }
 }
 
-// Lane l += lane l + half, half = lanes / 2 .. 1.
-static double fold(double *sum, int lanes)
-{
-    for (int half = lanes / 2; half > 0; half /= 2)
-        for (int l = 0; l < half; l++) sum[l] += sum[l + half];
-    return sum[0];
-}
-
 static double sum_of_chunk(const float *x, int64_t n)
 {
     double sum[HB_MEAN_LANES];
@@ -200,20 +193,19 @@ static double sum_of_chunk(const float *x, int64_t n)
         memcpy(sum + first, part, sizeof part);
     }
     for (int64_t i = whole; i < n; i++) sum[i % HB_MEAN_LANES] += (double)x[i];
-    return fold(sum, HB_MEAN_LANES);
+    return hb_fold(sum, HB_MEAN_LANES);
 }
 
-// The mean in float64, in the order that formats.h fixes, rounded once. A NaN is HB_NAN_BITS.
+// The mean in float64, in the order that sums.h fixes, rounded once. A NaN is HB_NAN_BITS.
 static float mean_of_scales(const float *x, int64_t n)
 {
     if (n == 0) return 0.0f;
-    double sum[HB_MEAN_CHUNK_LANES] = {0};
+    double sum[HB_SUM_LANES] = {0};
     for (int64_t c = 0; c * HB_MEAN_CHUNK < n; c++) {
         const int64_t first = c * HB_MEAN_CHUNK;
-        sum[c % HB_MEAN_CHUNK_LANES] +=
-            sum_of_chunk(x + first, hb_min_i64(HB_MEAN_CHUNK, n - first));
+        sum[c % HB_SUM_LANES] += sum_of_chunk(x + first, hb_min_i64(HB_MEAN_CHUNK, n - first));
     }
-    const float mean = (float)(fold(sum, HB_MEAN_CHUNK_LANES) / (double)n);
+    const float mean = (float)(hb_fold(sum, HB_SUM_LANES) / (double)n);
     return mean != mean ? hb_f32_from_bits(HB_NAN_BITS) : mean;
 }
 

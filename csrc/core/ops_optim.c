@@ -7,16 +7,17 @@
 //
 // 8-bit states (arXiv:2110.02861): codes are the nearest entries of x / absmax, except that the
 // first state keeps its sign: a code whose value has another sign than the state moves by one.
-// With max_unorm, a first pass sums the squares of every piece's update, and the sums are added in
-// the order of the pieces: the result does not depend on the threads.
+// With max_unorm, a first pass sums the squares of every piece's update in the order of sums.h: the
+// result does not depend on the threads.
 #include "core/ops.h"
 #include "core/ops_cuda.h"
 #include "core/pieces.h"
+#include "core/sums.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-enum { PIECE = 2048, BLOCK = HB_OPTIM_BLOCKSIZE, PIECE_BLOCKS = PIECE / BLOCK };
+enum { PIECE = HB_OPTIM_PIECE, BLOCK = HB_OPTIM_BLOCKSIZE, PIECE_BLOCKS = PIECE / BLOCK };
 
 typedef struct {
     const hb_kernels *kernels;
@@ -165,10 +166,10 @@ static void norm_piece(const step_job *job, int64_t tensor, int64_t first, int64
     load_piece(job, t, first, n, &x);
     double update =
         job->kernels->optim.norm[job->optimizer](x.p, x.g, x.m, x.v, n, &job->scalars[tensor]);
-    double parameter = 0.0;
-    for (int64_t i = 0; i < n; i++) parameter += (double)x.p[i] * (double)x.p[i];
+    double parameter[HB_SUM_LANES] = {0};
+    for (int64_t i = 0; i < n; i++) parameter[i % HB_SUM_LANES] += (double)x.p[i] * (double)x.p[i];
     norm[0] = update;
-    norm[1] = parameter;
+    norm[1] = hb_fold(parameter, HB_SUM_LANES);
 }
 
 // The Adam kernel for 8-bit states that takes tensor t, NULL where only the separate ones do.
@@ -273,11 +274,14 @@ static hb_optim_scalars prepare(hb_optimizer optimizer, const hb_optim_settings 
 static void limit_norms(const step_job *job, const hb_optim_settings *settings)
 {
     for (int64_t t = 0; t < job->count; t++) {
-        double update = 0.0, parameter = 0.0;
-        for (int64_t i = job->first_piece[t]; i < job->first_piece[t + 1]; i++) {
-            update += job->norms[2 * i];
-            parameter += job->norms[2 * i + 1];
+        double updates[HB_SUM_LANES] = {0}, parameters[HB_SUM_LANES] = {0};
+        const int64_t first = job->first_piece[t], pieces = job->first_piece[t + 1] - first;
+        for (int64_t i = 0; i < pieces; i++) {
+            updates[i % HB_SUM_LANES] += job->norms[2 * (first + i)];
+            parameters[i % HB_SUM_LANES] += job->norms[2 * (first + i) + 1];
         }
+        const double update = hb_fold(updates, HB_SUM_LANES);
+        const double parameter = hb_fold(parameters, HB_SUM_LANES);
         if (job->tensors[t].unorm != NULL) *job->tensors[t].unorm = (float)update;
         double norm = sqrt(update), limit = settings->max_unorm * sqrt(parameter);
         if (!has_second_state(job->optimizer)) limit += settings->eps;

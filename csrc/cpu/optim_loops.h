@@ -3,6 +3,7 @@
 // and square root are IEEE in every ISA, and -ffp-contract=off forbids fused products), so that the
 // results are the same bits everywhere.
 #include "core/kernels_optim.h"
+#include "core/sums.h"
 #include "cpu/simd.h"
 
 #include <math.h>
@@ -11,7 +12,11 @@
 #define OPTIM_PASTE(name, isa)  OPTIM_PASTE_(name, isa)
 #define OPTIM(name)             OPTIM_PASTE(name, HB_OPTIM_ISA)
 
-#define EACH(i) for (int64_t i = 0; i < n; i++)
+#define EACH(i)       for (int64_t i = 0; i < n; i++)
+// The same by rows of lanes: element i = row + l goes to sum l, and the inner loop vectorises.
+#define EACH_ROW(row) for (int64_t row = 0; row < n; row += HB_SUM_LANES)
+#define EACH_LANE(row, l)                                                                          \
+    for (int64_t l = 0, end = n - row < HB_SUM_LANES ? n - row : HB_SUM_LANES; l < end; l++)
 
 static void OPTIM(adam_f32)(float *restrict p, const float *restrict g, float *restrict m,
                             float *restrict slow, float *restrict v, int64_t n,
@@ -35,16 +40,17 @@ static double OPTIM(adam_norm_f32)(const float *restrict p, const float *restric
 {
     (void)p;
     const hb_optim_scalars s = *scalars;
-    double sum = 0.0;
-    EACH(i)
+    double sum[HB_SUM_LANES] = {0};
+    EACH_ROW(row)
+    EACH_LANE(row, l)
     {
-        float gradient = s.gnorm_scale * g[i];
-        float first = s.beta1 * m[i] + s.beta1_rest * gradient;
-        float second = s.beta2 * v[i] + s.beta2_rest * (gradient * gradient);
+        float gradient = s.gnorm_scale * g[row + l];
+        float first = s.beta1 * m[row + l] + s.beta1_rest * gradient;
+        float second = s.beta2 * v[row + l] + s.beta2_rest * (gradient * gradient);
         float update = (first * s.inv_corr1) / (sqrtf(second) * s.inv_corr2 + s.eps);
-        sum += (double)update * (double)update;
+        sum[l] += (double)update * (double)update;
     }
-    return sum;
+    return hb_fold(sum, HB_SUM_LANES);
 }
 
 static void OPTIM(ademamix_f32)(float *restrict p, const float *restrict g, float *restrict m,
@@ -86,13 +92,15 @@ static double OPTIM(momentum_norm_f32)(const float *restrict p, const float *res
     (void)v;
     const hb_optim_scalars s = *scalars;
     const float carried = s.first ? 0.0f : s.beta1;
-    double sum = 0.0;
-    EACH(i)
+    double sum[HB_SUM_LANES] = {0};
+    EACH_ROW(row)
+    EACH_LANE(row, l)
     {
-        float update = carried * m[i] + (s.gnorm_scale * g[i] + s.coupled_decay * p[i]);
-        sum += (double)update * (double)update;
+        float update =
+            carried * m[row + l] + (s.gnorm_scale * g[row + l] + s.coupled_decay * p[row + l]);
+        sum[l] += (double)update * (double)update;
     }
-    return sum;
+    return hb_fold(sum, HB_SUM_LANES);
 }
 
 static void OPTIM(lion_f32)(float *restrict p, const float *restrict g, float *restrict m,
