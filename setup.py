@@ -71,6 +71,22 @@ LIBRARIES = [library("hb_core", "csrc/core/*.c", ["-Wconversion"])]
 LIBRARIES += [library(f"hb_{isa}", f"csrc/cpu/{isa}/*.c", flags) for isa, flags in ISA_FLAGS.items()]
 
 
+def dlpack_include(folder):
+    """Where <dlpack/dlpack.h> is: in the build requirement, else a copy in `folder` of torch's, which is the same."""
+    try:
+        import tvm_ffi.libinfo
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        header = Path(torch.origin).parent / "include/ATen/dlpack.h" if torch and torch.origin else None
+        if header is None or not header.exists() or "DLPackExchangeAPI" not in header.read_text():
+            raise
+        target = Path(folder) / "dlpack" / "dlpack.h"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(header, target)
+        return str(folder)
+    return tvm_ffi.libinfo.find_dlpack_include_path()
+
+
 def find_cuda_tool(name):
     """A program of the CUDA Toolkit: of CUDA_HOME, on the path, or from PyPI (extra "build-cuda")."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -110,9 +126,8 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         import numpy
-        import tvm_ffi.libinfo
 
-        ext.include_dirs += ["csrc", numpy.get_include(), tvm_ffi.libinfo.find_dlpack_include_path()]
+        ext.include_dirs += ["csrc", numpy.get_include(), dlpack_include(Path(self.build_temp) / "include")]
         ext.define_macros.append(("HB_BUILD_CUDA", f'"{self.cuda}"'))
         build_clib = self.get_finalized_command("build_clib")
         ext.library_dirs.append(build_clib.build_clib)

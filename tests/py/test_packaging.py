@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -99,6 +100,37 @@ def test_the_build_says_whether_there_is_cuda():
     assert info["cuda"].startswith(("CPU only (", "CUDA for sm_"))
     library = Path(halfbyte._C.__file__).with_name("libhalfbyte_cuda.so")
     assert library.exists() == info["cuda"].startswith("CUDA for")
+
+
+def test_dlpack_comes_from_torch_where_its_package_is_missing(tmp_path, monkeypatch):
+    """A machine without a network that has torch has all that a build needs."""
+    pytest.importorskip("torch")
+    spec = importlib.util.spec_from_file_location("halfbyte_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+    folder = Path(setup.dlpack_include(tmp_path))
+    header = (folder / "dlpack" / "dlpack.h").read_text()
+    assert folder == tmp_path and "DLPackExchangeAPI" in header
+    source = tmp_path / "use.c"
+    source.write_text(
+        "#include <dlpack/dlpack.h>\nint f(DLPackExchangeAPI *a) { return a->managed_tensor_allocator != 0; }\n"
+    )
+    command = [
+        os.environ.get("CC", "cc"),
+        "-std=c11",
+        "-Wall",
+        "-Werror",
+        f"-I{folder}",
+        "-c",
+        source,
+        "-o",
+        tmp_path / "use.o",
+    ]
+    assert subprocess.run(command).returncode == 0
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError):
+        setup.dlpack_include(tmp_path)
 
 
 def test_a_wish_for_cuda_is_not_ignored(tmp_path):

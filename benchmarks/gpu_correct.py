@@ -1,0 +1,321 @@
+"""Every operation on the GPU beside the same on the CPU: equal bits where the arithmetic is exact, else a bound.
+
+Codecs (quantize, dequantize, nested scales, int8 rows, gather) must give the bits of the CPU's kernels, which
+tests/c proves right. Products are held to float64 of the decoded weights: with u the unit roundoff of x's dtype, the
+codebook's entries or the weights are rounded to it (2 u of every product, which covers the dense path too), sums are
+float32 (at most depth / 16 + 40 roundings of 2^-24), and y is rounded once. Optimizer steps: the CPU's bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.gpu_device import Device
+
+Check = Callable[
+    [], float
+]  # the worst error in units of its bound: 0 equal bits, at most 1 good, inf wrong bits
+
+
+class Sizes(NamedTuple):
+    """How much a run tries: `tiny` on the emulator and under compute-sanitizer, `full` on a GPU."""
+
+    lengths: tuple[int, ...]
+    blocksizes: tuple[int, ...]
+    matrices: tuple[tuple[int, int], ...]  # rows x depth
+    rows: tuple[int, ...]  # of x
+    huge: bool  # more than 2^31 elements
+
+
+TINY = Sizes((1, 63, 64, 2049), (64, 256), ((33, 192), (20, 129)), (1, 9, 17), False)
+FULL = Sizes((1, 63, 64, 65, 4096, 100_003, 1 << 24), (32, 64, 128, 512, 4096),
+             ((33, 192), (20, 129), (1024, 4096), (4096, 4096), (4097, 448), (14336, 4096)),
+             (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64, 65, 100, 200, 513), True)  # fmt: skip
+SIZES = {"tiny": TINY, "full": FULL}
+
+
+class Cases:
+    """All checks of one device, by name."""
+
+    def __init__(self, device: Device, sizes: Sizes) -> None:
+        import torch
+
+        from halfbyte import _C
+
+        self.torch, self.C, self.device, self.sizes = torch, _C, device, sizes
+        self.unit = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+        self.dtypes = tuple(self.unit)
+
+    # ---- data and comparison --------------------------------------------------------------------
+
+    def data(self, *shape: int, dtype: Any = None, wild: bool = False) -> Any:
+        torch = self.torch
+        generator = torch.Generator().manual_seed(math.prod(shape) + len(shape))
+        x = torch.randn(*shape, generator=generator)
+        if wild and x.numel() > 200:  # every magnitude, zeros, a block of zeros, NaN and infinity
+            flat = x.view(-1)
+            flat *= 10.0 ** torch.randint(-30, 30, flat.shape, generator=generator)
+            flat[torch.rand(flat.shape, generator=generator) < 0.2] = 0
+            flat[64:200] = 0
+            flat[-1], flat[0] = math.nan, -math.inf
+        return x.to(dtype or torch.float32)
+
+    def equal(self, ours: Any, theirs: Any) -> float:
+        """Two tensors or tuples of them: 0 if bit for bit the same (any NaN is any other), else inf."""
+        if isinstance(theirs, (tuple, list)):
+            return max(self.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        if theirs is None or isinstance(theirs, (int, float)):
+            return 0.0 if ours == theirs else math.inf
+        torch = self.torch
+        a, b = torch.as_tensor(ours).cpu(), torch.as_tensor(theirs)
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return math.inf
+        if not a.is_floating_point():
+            return 0.0 if torch.equal(a, b) else math.inf
+        bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
+        same = (a.contiguous().view(bits) == b.contiguous().view(bits)) | (a.isnan() & b.isnan())
+        return 0.0 if bool(same.all()) else math.inf
+
+    def on_both(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> float:
+        """The function of tensors on the CPU and of the same on the GPU give the same bits."""
+        torch = self.torch
+
+        def there(x: Any) -> Any:
+            return x.cuda() if isinstance(x, torch.Tensor) else x
+
+        ours = function(*map(there, arguments), **{k: there(v) for k, v in keywords.items()})
+        self.device.synchronize()
+        return self.equal(ours, function(*arguments, **keywords))
+
+    def within(self, y: Any, x: Any, weight: Any, dtype: Any, bias: Any = None) -> float:
+        """y beside x @ weight.T + bias in float64, in units of the bound above."""
+        torch = self.torch
+        wide = [t.to(y.device, torch.float64) for t in (x, weight)]
+        expected, size = wide[0] @ wide[1].t(), wide[0].abs() @ wide[1].abs().t()
+        if bias is not None:
+            bias = bias.to(y.device, torch.float64)
+            expected, size = expected + bias, size + bias.abs()
+        u = self.unit[dtype]
+        bound = size * (2 * u * (dtype != torch.float32) + (x.shape[-1] / 16 + 40) * 2.0**-24)
+        bound += expected.abs() * u * 1.01 + 1e-45
+        ratio = (y.to(torch.float64) - expected).abs() / bound
+        return float(ratio.nan_to_num(math.inf).max().cpu()) if ratio.numel() else 0.0
+
+    # ---- codecs ---------------------------------------------------------------------------------
+
+    def codecs(self) -> Iterator[tuple[str, Check]]:
+        C, sizes = self.C, self.sizes
+        for n, dtype, kind in itertools.product(sizes.lengths, self.dtypes, ("nf4", "fp4")):
+            for blocksize in sizes.blocksizes:
+                x = self.data(n, dtype=dtype, wild=True)
+                name = f"{kind} {dtype} {n} blocks of {blocksize}"
+                yield (
+                    f"quantize_4bit {name}",
+                    lambda x=x, k=kind, b=blocksize: self.on_both(C.quantize_4bit, x, k, b),
+                )
+                packed, absmax = C.quantize_4bit(x, kind, blocksize)
+                yield (
+                    f"dequantize_4bit {name}",
+                    lambda p=packed, a=absmax, k=kind, b=blocksize, n=n, d=dtype: self.on_both(
+                        C.dequantize_4bit, p, a, k, b, (n,), d
+                    ),
+                )
+        for n in sizes.lengths:
+            absmax = self.data(n).abs()
+            yield f"nest_absmax {n}", lambda a=absmax: self.nest(a)
+            x = self.data(n, dtype=self.torch.bfloat16, wild=True)
+            for name in ("dynamic", "dynamic_unsigned", "linear"):
+                table = self.torch.as_tensor(C.map8(name))
+                yield (
+                    f"quantize_8bit {name} {n}",
+                    lambda x=x, t=table: self.on_both(C.quantize_8bit, x, t, 256),
+                )
+                codes, scale = C.quantize_8bit(x, table, 256)
+                yield (
+                    f"dequantize_8bit {name} {n}",
+                    lambda c=codes, s=scale, t=table: self.on_both(
+                        C.dequantize_8bit, c, s, t, 256, self.torch.bfloat16
+                    ),
+                )
+        for (rows, depth), dtype in itertools.product(sizes.matrices, self.dtypes):
+            x = self.data(rows, depth, dtype=dtype)
+            for threshold in (0.0, 2.5):
+                yield (
+                    f"quantize_rows_int8 {rows} x {depth} {dtype} threshold {threshold}",
+                    lambda x=x, t=threshold: self.on_both(C.quantize_rows_int8, x, t),
+                )
+            codes, scale, _ = C.quantize_rows_int8(x)
+            yield (
+                f"dequantize_rows_int8 {rows} x {depth} {dtype}",
+                lambda c=codes, s=scale, d=dtype: self.on_both(C.dequantize_rows_int8, c, s, d),
+            )
+        for rows, depth in sizes.matrices:
+            x = self.data(rows, depth)
+            yield (
+                f"search {rows} x {depth}",
+                lambda x=x: self.on_both(C.quantize_4bit, x, "nf4", 64, "search"),
+            )
+            yield f"strided {rows} x {depth}", lambda x=x: self.strided(x)
+        if sizes.huge:
+            yield "dequantize_4bit behind 2^31 elements", self.huge
+
+    def nest(self, absmax: Any) -> float:
+        ours, theirs = self.C.nest_absmax(absmax.cuda()), self.C.nest_absmax(absmax)
+        offset = ours[2] if isinstance(ours[2], float) else float(ours[2])
+        return max(self.equal(ours[:2], theirs[:2]), self.equal(offset, float(theirs[2])))
+
+    def strided(self, x: Any) -> float:
+        """A transposed view, every second row, and a view that begins off any alignment."""
+        C, there = self.C, x.cuda()
+        views = (lambda t: t.t(), lambda t: t[::2], lambda t: t.view(-1)[1:])
+        return max(
+            self.equal(
+                C.quantize_4bit(view(there), "nf4", 64), C.quantize_4bit(view(x).contiguous(), "nf4", 64)
+            )
+            for view in views
+        )
+
+    def huge(self) -> float:
+        torch, n = self.torch, (1 << 31) + 4096
+        packed = torch.zeros(n // 2, dtype=torch.uint8, device="cuda")
+        absmax = torch.ones(n // 64, device="cuda")
+        packed[-2048:] = torch.arange(2048, device="cuda").to(torch.uint8)
+        absmax[-64:] = torch.arange(64, device="cuda") + 1.0
+        ours = self.C.dequantize_4bit(packed, absmax, "nf4", 64, (4096,), torch.float32, start=n - 4096)
+        tail = packed[-2048:].cpu(), absmax[-64:].cpu()
+        return self.equal(ours, self.C.dequantize_4bit(*tail, "nf4", 64, (4096,), torch.float32))
+
+    # ---- products -------------------------------------------------------------------------------
+
+    def weight4(self, rows: int, depth: int, nested: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Codes and scales on the GPU, keywords of the nested ones, and the decoded weight on the CPU."""
+        C, torch = self.C, self.torch
+        packed, absmax = C.quantize_4bit(self.data(rows, depth), "nf4", 64)
+        keywords: dict[str, Any] = {}
+        if nested:
+            absmax, outer, offset = C.nest_absmax(absmax)
+            keywords = {"nested_absmax": outer, "nested_offset": float(offset)}
+            keywords["nested_map"] = torch.as_tensor(C.map8("dynamic"))
+        decoded = C.dequantize_4bit(packed, absmax, "nf4", 64, (rows, depth), torch.float32, **keywords)
+        there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+        return (packed.cuda(), absmax.cuda()), there, decoded
+
+    def products(self) -> Iterator[tuple[str, Check]]:
+        for (rows, depth), nested in itertools.product(self.sizes.matrices, (False, True)):
+            weight = self.weight4(rows, depth, nested)
+            for m, dtype in itertools.product(self.sizes.rows, self.dtypes):
+                name = f"{m} of {rows} x {depth} {dtype}{' nested' if nested else ''}"
+                yield f"linear_4bit {name}", lambda w=weight, m=m, d=dtype: self.linear4(w, m, d)
+                yield f"linear_4bit_grad_input {name}", lambda w=weight, m=m, d=dtype: self.grad4(w, m, d)
+        for (rows, depth), m in itertools.product(self.sizes.matrices, self.sizes.rows):
+            yield f"matmul_int8 {m} of {rows} x {depth}", lambda r=rows, d=depth, m=m: self.matmul8(r, d, m)
+            for dtype, threshold in itertools.product(self.dtypes, (0.0, 2.5)):
+                name = f"{m} of {rows} x {depth} {dtype}"
+                yield (
+                    f"linear_8bit {name} threshold {threshold}",
+                    lambda r=rows, d=depth, m=m, t=dtype, h=threshold: self.linear8(r, d, m, t, h),
+                )
+
+    def linear4(self, weight: Any, m: int, dtype: Any) -> float:
+        parts, nested, decoded = weight
+        rows, depth = decoded.shape
+        x, bias = self.data(m, depth, dtype=dtype), self.data(rows, dtype=dtype)
+        y = self.C.linear_4bit(x.cuda(), *parts, "nf4", 64, (rows, depth), bias.cuda(), **nested)
+        return self.within(y, x, decoded, dtype, bias)
+
+    def grad4(self, weight: Any, m: int, dtype: Any) -> float:
+        parts, nested, decoded = weight
+        rows, depth = decoded.shape
+        dy = self.data(m, rows, dtype=dtype)
+        dx = self.C.linear_4bit_grad_input(dy.cuda(), *parts, "nf4", 64, (rows, depth), **nested)
+        return self.within(dx, dy, decoded.t(), dtype)
+
+    def matmul8(self, rows: int, depth: int, m: int) -> float:
+        codes = [self.C.quantize_rows_int8(self.data(n, depth))[0] for n in (m, rows)]
+        return self.on_both(self.C.matmul_int8, *codes)
+
+    def linear8(self, rows: int, depth: int, m: int, dtype: Any, threshold: float) -> float:
+        """Beside the CPU's, whose integers are the same: what remains are float32 sums and the rounding of y."""
+        torch, C = self.torch, self.C
+        codes, scale, _ = C.quantize_rows_int8(self.data(rows, depth))
+        x = self.data(m, depth, dtype=dtype)
+        y = C.linear_8bit(x.cuda(), codes.cuda(), scale.cuda(), None, threshold)
+        expected = C.linear_8bit(x, codes, scale, None, threshold).to(torch.float64)
+        weight = codes.to(torch.float64) * scale.to(torch.float64)[:, None] / 127
+        size = x.to(torch.float64).abs() @ weight.abs().t()
+        bound = size * (depth / 16 + 40) * 2.0**-24 + expected.abs() * 2.02 * self.unit[dtype] + 1e-45
+        return float(((y.cpu().to(torch.float64) - expected).abs() / bound).nan_to_num(math.inf).max())
+
+    # ---- optimizers -----------------------------------------------------------------------------
+
+    def optimizers(self) -> Iterator[tuple[str, Check]]:
+        for optimizer, bits in itertools.product(("adam", "momentum", "lion", "rmsprop", "adagrad"), (8, 32)):
+            for dtype in self.dtypes:
+                yield (
+                    f"{optimizer} {bits} bits {dtype}",
+                    lambda o=optimizer, b=bits, d=dtype: self.step(o, b, d),
+                )
+
+    def step(self, optimizer: str, bits: int, dtype: Any) -> float:
+        """Two steps of several tensors in one call."""
+        torch = self.torch
+        results = []
+        maps = {"map1": "dynamic", "map2": "dynamic_unsigned"} if bits == 8 else {}
+        for place in ("cpu", "cuda"):
+            tensors = []
+            for n in self.sizes.lengths[:4]:
+                p, g = (self.data(n, dtype=dtype).to(place) for _ in range(2))
+                kind = torch.uint8 if bits == 8 else torch.float32
+                blocks = -(-n // 256) if bits == 8 else 0
+                states = [
+                    torch.full((n,), 127 if bits == 8 else 0, dtype=kind, device=place) for _ in range(2)
+                ]
+                scales = [torch.zeros(blocks, device=place) if bits == 8 else None for _ in range(2)]
+                second = optimizer == "adam"
+                tensors.append([p, g, states[0], states[1] if second else None, scales[0],
+                                scales[1] if second else None, None])  # fmt: skip
+            for step in (1, 2):
+                self.C.optimizer_step(optimizer, [(*t, step) for t in tensors], lr=1e-3, beta1=0.9, beta2=0.999,
+                                      eps=1e-8, weight_decay=0.01, **maps)  # fmt: skip
+            results.append([t for each in tensors for t in each if t is not None])
+        self.device.synchronize()
+        return self.equal(results[1], results[0])
+
+    def groups(self) -> dict[str, Callable[[], Iterator[tuple[str, Check]]]]:
+        return {"codecs": self.codecs, "products": self.products, "optimizers": self.optimizers}
+
+
+def run(device: Device, size: str, remaining: Callable[[], float], only: str = "") -> dict[str, Any]:
+    """All cases whose name contains `only`; the result counts them and lists those that failed or were left out."""
+    worst: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    done = left_out = 0
+    for group, cases in Cases(device, SIZES[size]).groups().items():
+        for name, check in cases():
+            if only not in name:
+                continue
+            if remaining() <= 0:
+                left_out += 1
+                continue
+            try:
+                error = check()
+                worst[group] = max(worst.get(group, 0.0), error)
+                if not error <= 1:
+                    failed[name] = f"{error:.3g} times the bound"
+            except Exception as problem:  # a report of all cases is worth more than the first problem
+                failed[name] = f"{type(problem).__name__}: {problem}"
+                if not isinstance(problem, (RuntimeError, TypeError, ValueError, NotImplementedError)):
+                    traceback.print_exc()
+            done += 1
+        device.free()
+        print(
+            f"{group}: worst {worst.get(group, 0.0):.3g} of the bound, {len(failed)} failed so far",
+            flush=True,
+        )
+    for name, why in list(failed.items())[:40]:
+        print(f"FAIL {name}: {why}")
+    return {"done": done, "left_out": left_out, "failed": failed, "worst": worst}
