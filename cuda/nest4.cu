@@ -92,7 +92,7 @@ HB_KERNEL(THREADS) nest4_kernel(HB_ARGS nest_args args)
         }
         const float absmax = absmax_of_lanes(largest, HB_LANES);
         if (lane_index() == 0) store(a.nested_absmax + block, absmax);
-        const float inverse = div_rn(1.0f, absmax);
+        const float inverse = inverse_scale(absmax);
         for (int64_t i = first; i < end; i += HB_LANES) {
             const float v = mul_rn(add_rn(load(a.absmax + i), -offset), inverse);
             store(a.codes + i, (uint8_t)search8(tree, v));
