@@ -1,4 +1,4 @@
-"""The torch layer on CUDA tensors: each file of torch_checks/ in a process with a fake device (torch_device.py)."""
+"""The torch layer on CUDA tensors: the files of torch_checks/ in a process with a fake device (torch_device.py)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pytest
 import torch_device
 
 HERE = Path(__file__).parent
-CHECKS = sorted((HERE / "torch_checks").glob("check_*.py"))
 
 
-@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem.removeprefix("check_"))
-def test_torch(path: Path) -> None:
+def test_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         pytest.skip("no torch")
     torch_device.library_path()
-    paths = [str(HERE), str(HERE / "torch_checks"), str(HERE.parents[1] / "python")]
+    checks = HERE / "torch_checks"
+    paths = [str(HERE), str(checks), str(HERE.parents[1] / "python")]
+    options = ["-q", "-p", "torch_plugin", "-p", "no:cacheprovider", "--tb=short", "--show-capture=no"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "torch_plugin", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", *options, *map(str, sorted(checks.glob("check_*.py")))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         cwd=HERE,
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

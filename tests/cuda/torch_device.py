@@ -84,6 +84,9 @@ class FakeDevice:
         finally:
             self._device.fake_stream(device, ctypes.c_int64(old))
 
+    def current_stream(self, device: int = 0) -> int:
+        return self._device.fake_stream(device, ctypes.c_int64(-1))
+
     def current(self, device: int = -1) -> int:
         """Makes a device current; returns the one that was."""
         return self._device.fake_device(device)
@@ -113,17 +116,36 @@ def _patch(fake: FakeDevice) -> None:
     """What torch.cuda asks its own C code, which this torch has not."""
     import torch
 
+    from halfbyte import _C
+
+    devices = _C.cuda_info()["devices"][:2]
+
+    def at(device: Any = None) -> dict[str, Any]:
+        index = device if isinstance(device, int) or device is None else torch.device(device).index
+        return devices[fake.current() if index is None else index]
+
+    class Stream:
+        """What torch.cuda.current_stream() is asked for."""
+
+        def __init__(self, handle: int) -> None:
+            self.cuda_stream = handle
+
     cuda: Any = torch.cuda
     cuda._lazy_init = lambda: None
     cuda.is_available = lambda: True
     cuda.is_initialized = lambda: True
-    cuda.device_count = lambda: 2
-    cuda.current_device = fake.current
-    cuda._exchange_device = fake.current
-    cuda._maybe_exchange_device = fake.current
+    cuda.device_count = lambda: len(devices)
+    cuda.current_device = lambda: fake.current()  # dynamo wants functions, each another
+    cuda._exchange_device = lambda device: fake.current(device)
+    cuda._maybe_exchange_device = lambda device: fake.current(device)
     cuda.set_device = lambda device: fake.current(torch.device(device).index)
-    cuda.get_device_capability = lambda device=None: (9, 0)
-    cuda.get_device_name = lambda device=None: "emulator"
+    cuda.get_device_capability = lambda device=None: at(device)["capability"]
+    cuda.get_device_name = lambda device=None: at(device)["name"]
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.empty_cache = lambda: None
     cuda.is_current_stream_capturing = lambda: False
+    cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
+    cuda.set_rng_state = lambda state, device="cuda": None
+    cuda.current_stream = lambda device=None: Stream(fake.current_stream())
+    cuda.ExternalStream = Stream
+    cuda.stream = lambda stream: fake.stream(stream.cuda_stream)

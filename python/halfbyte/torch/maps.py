@@ -104,6 +104,9 @@ _AF4_64 = (
 )  # fmt: skip
 
 
+_on_gpu: dict[tuple[str, torch.device], Tensor] = {}
+
+
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
     """The 16 values of a 4-bit type in code order, scaled to largest magnitude 1; float32 `[16]`.
 
@@ -127,6 +130,15 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
         values = torch.tensor(_AF4_64, dtype=torch.float32)
     else:
         raise NotImplementedError(f"get_4bit_type: no 4-bit type {typename!r} with block size {blocksize}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (values / values.abs().max()).to(device)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    values = values / values.abs().max()
+    if device.type != "cuda" or torch._C._len_torch_dispatch_stack():
+        return values.to(device)
+    # A copy of what is on the GPU already: the host would wait for one from its memory.
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = (typename, device)
+    if key not in _on_gpu:
+        with torch.inference_mode(False):
+            _on_gpu[key] = values.to(device)
+    return _on_gpu[key].clone()

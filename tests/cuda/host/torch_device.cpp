@@ -246,6 +246,18 @@ Tensor &set_storage(Tensor &self, at::Storage source, c10::SymInt offset, c10::S
     return self;
 }
 
+Tensor &set_whole_storage(Tensor &self, at::Storage source)
+{
+    const int64_t size = (int64_t)(source.nbytes() / self.itemsize());
+    return set_storage(self, std::move(source), 0, {c10::SymInt(size)}, {c10::SymInt(1)});
+}
+
+Tensor &set_tensor(Tensor &self, const Tensor &source)
+{
+    return set_storage(self, source.storage(), source.storage_offset(), source.sym_sizes(),
+                       source.sym_strides());
+}
+
 void fallback(const c10::OperatorHandle &op, torch::jit::Stack *stack)
 {
     // The host would have to know how many there are.
@@ -277,6 +289,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m)
     m.impl("_local_scalar_dense", local_scalar_dense);
     m.impl("resize_", resize_);
     m.impl("set_.source_Storage_storage_offset", set_storage);
+    m.impl("set_.source_Storage", set_whole_storage);
+    m.impl("set_.source_Tensor", set_tensor);
     m.impl("as_strided", [](const Tensor &self, at::IntArrayRef size, at::IntArrayRef stride,
                             c10::optional<int64_t> offset) {
         return at::native::as_strided_tensorimpl(self, size, stride, offset);
