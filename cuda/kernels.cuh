@@ -19,6 +19,10 @@ int hb_cuda_launch_dequantize4(const hb_cuda_queue *queue, const hb_cuda_dequant
 int hb_cuda_launch_linear4(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 bool hb_cuda_linear4_mma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int hb_cuda_launch_linear4_mma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+// The sm_90a kernel (linear4_wgmma.cu); without its workspace it does not split the summation.
+bool hb_cuda_linear4_wgmma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int64_t hb_cuda_linear4_wgmma_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int hb_cuda_launch_linear4_wgmma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int hb_cuda_launch_quantize8(const hb_cuda_queue *queue, const hb_cuda_quantize8 *args);
 int hb_cuda_launch_dequantize8(const hb_cuda_queue *queue, const hb_cuda_dequantize8 *args);
 int hb_cuda_launch_gather4(const hb_cuda_queue *queue, const hb_cuda_gather4 *args);

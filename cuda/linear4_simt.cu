@@ -61,6 +61,7 @@ template <int IO> int launch(const hb_cuda_queue *queue, const hb_cuda_linear4 &
 int hb_cuda_launch_linear4(const hb_cuda_queue *queue, const hb_cuda_linear4 *args)
 {
     if (args->m == 0 || args->rows == 0) return 0;
+    if (args->path == HB_CUDA_WGMMA) return hb_cuda_launch_linear4_wgmma(queue, args);
     if (args->transposed || args->offsets != nullptr) return HB_CUDA_INVALID;
     const bool mma = hb_cuda_linear4_mma_fits(queue, args);
     if (args->path == HB_CUDA_MMA && !mma) return HB_CUDA_INVALID;
