@@ -19,7 +19,10 @@ def test_torch() -> None:
         pytest.skip("no torch")
     torch_device.library_path()
     checks = HERE / "torch_checks"
-    paths = [str(HERE), str(checks), str(HERE.parents[1] / "python")]
+    paths = [
+        str(path)
+        for path in (HERE, checks, HERE.parent / "py", HERE.parent / "compat", HERE.parents[1] / "python")
+    ]
     options = ["-q", "-p", "torch_plugin", "-p", "no:cacheprovider", "--tb=short", "--show-capture=no"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *map(str, sorted(checks.glob("check_*.py")))],

@@ -141,9 +141,7 @@ def _dequantize_4bit_cuda(
     nested_blocksize: int = 256,
 ) -> Tensor:
     nested = nested_on_device(packed.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
-    return _C.dequantize_4bit(
-        flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), dtype, **nested
-    )
+    return _C.dequantize_4bit(packed, absmax, quant_type, blocksize, tuple(shape), dtype, **nested)
 
 
 def _dequantize_4bit_fake(
@@ -240,9 +238,7 @@ def _embedding_4bit_cuda(
 ) -> Tensor:
     nested = nested_on_device(index.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
     index = index if index.dtype == torch.int64 else index.to(torch.int64)
-    return _C.gather_4bit(
-        index, flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), dtype, **nested
-    )
+    return _C.gather_4bit(index, packed, absmax, quant_type, blocksize, tuple(shape), dtype, **nested)
 
 
 def _embedding_4bit_fake(
@@ -307,7 +303,7 @@ def linear_4bit_cuda(
 ) -> Tensor:
     dtype = compute_dtype("linear_4bit", compute)
     nested = nested_on_device(x.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
-    weight = flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape)
+    weight = packed, absmax, quant_type, blocksize, tuple(shape)
     inside = x if x.dtype == dtype else x.to(dtype)
     if is_fused("linear_4bit", x, dtype, _rows(x)):
         y = _C.linear_4bit(inside, *weight, bias, **nested)
@@ -375,7 +371,7 @@ def _linear_4bit_grad_input_cuda(
 ) -> Tensor:
     dtype = compute_dtype("linear_4bit_grad_input", compute)
     nested = nested_on_device(dy.device, nested_absmax, nested_map, nested_offset, nested_blocksize)
-    weight = flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape)
+    weight = packed, absmax, quant_type, blocksize, tuple(shape)
     inside = dy if dy.dtype == dtype else dy.to(dtype)
     if is_fused("linear_4bit_grad_input", dy, dtype, _rows(dy)):
         dx = _C.linear_4bit_grad_input(inside, *weight, **nested)

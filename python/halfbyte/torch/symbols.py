@@ -4,7 +4,7 @@ Unsloth's kernels and a few others take functions such as `bitsandbytes.function
 and pass them addresses. The functions here take the same arguments - addresses as ctypes' c_void_p, int or
 None, sizes as ctypes' or Python's integers - view the memory as tensors and call the operators.
 
-An address is the GPU's when CUDA knows it as memory of the current device; otherwise it is taken for the host's. On a
+An address is a GPU's when CUDA knows it as memory of one; otherwise it is taken for the host's. On a
 GPU work goes to the stream at the end, or to torch's current one where none is given, and nothing waits for it.
 
     c[de]quantize_blockwise_{fp32,fp16,bf16}[_nf4|_fp4] (code, A, absmax, out, blocksize, n[, stream])
@@ -53,9 +53,11 @@ def _view(pointer: Any, dtype: torch.dtype, *shape: int) -> Tensor:
     if not address:
         raise ValueError("lib: a null pointer was given for memory that is needed")
     if torch.cuda.is_initialized() and cuda_is_ready():
-        capsule = _C.cuda_view(address, count * dtype.itemsize, torch.cuda.current_device())
-        if capsule is not None:
-            return torch.utils.dlpack.from_dlpack(capsule).view(dtype).view(shape)
+        current = torch.cuda.current_device()
+        for device in (current, *range(torch.cuda.device_count())):
+            capsule = _C.cuda_view(address, count * dtype.itemsize, device)
+            if capsule is not None:
+                return torch.utils.dlpack.from_dlpack(capsule).view(dtype).view(shape)
     memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
