@@ -319,8 +319,10 @@ hb_status hb_dequantize_rows_int8_cuda(const int8_t *codes, const float *scale, 
 hb_status hb_matmul_int8_cuda(const hb_device *device, const int8_t *a, const int8_t *b, int64_t m,
                               int64_t n, int64_t depth, int32_t *c, hb_error *error)
 {
-    const hb_cuda_matmul8 args = {.a = a, .b = b, .m = m, .n = n, .depth = depth, .c = c};
+    hb_cuda_matmul8 args = {.a = a, .b = b, .m = m, .n = n, .depth = depth, .c = c};
     if (m == 0 || n == 0) return HB_OK;
+    // Arrays without elements may be NULL, which the kernels take for "x is not in codes".
+    if (depth == 0) args.a = args.b = (const int8_t *)c;
     LAUNCH("matmul_int8", matmul8, device, args);
 }
 

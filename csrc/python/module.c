@@ -64,7 +64,8 @@ static int add_context(hb_state *state)
 static int add_exceptions(PyObject *module, hb_state *state)
 {
     state->cuda_error = PyErr_NewExceptionWithDoc(
-        "halfbyte._C.CudaError", "The CUDA library reported an error.", PyExc_RuntimeError, NULL);
+        "halfbyte._C.CudaError", "No CUDA device can be used, or one reported an error.",
+        PyExc_RuntimeError, NULL);
     return PyModule_AddObjectRef(module, "CudaError", state->cuda_error);
 }
 

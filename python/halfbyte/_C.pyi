@@ -6,9 +6,16 @@ any object with `__dlpack__`, or with the buffer protocol. Outputs are made by t
 first tensor argument (torch in, torch out; otherwise numpy; bfloat16 results without torch are
 ml_dtypes.bfloat16 arrays when that package is imported, else uint16). `out=` is written in place.
 
+Arrays of a CUDA device work as those of the processor do, on the current stream of the first array's framework;
+nothing waits for the device. All arrays of a call lie on one device (and weights on x's), with two exceptions: maps
+(256 floats) of the processor are sent along, and states of an optimizer may be managed memory. Strided or misaligned
+inputs are copied on the device. Frameworks that only have `__dlpack__` are asked for the legacy default stream and
+need `out=`, because they offer no allocator. Values on the device are not looked at (maps are not checked).
+
 dtype arguments: "float32" | "bfloat16" | "float16", or a torch/numpy dtype that str() names so.
-Errors: TypeError (wrong type or dtype), ValueError (value or shape), BufferError (read-only, device,
-consumed capsule), MemoryError. Each names function, argument, expected and got.
+Errors: TypeError (wrong type or dtype), ValueError (value, shape, another device), BufferError (read-only, neither
+processor nor CUDA, consumed capsule), MemoryError, CudaError (no usable GPU, or a launch failed). Each names function,
+argument, expected and got.
 """
 
 from collections.abc import Iterable
@@ -19,7 +26,8 @@ _QuantType = Literal["nf4", "fp4"]
 _Scales = Literal["absmax", "search"]
 _Compute = Literal["float32", "bfloat16"]
 
-class CudaError(RuntimeError): ...
+class CudaError(RuntimeError):
+    """No CUDA device can be used, or one reported an error."""
 
 @final
 class Params4bit:
@@ -50,7 +58,7 @@ class Params4bit:
         dtype: Any = "float32",
         nested_absmax: _Array | None = None,
         nested_map: _Array | None = None,
-        nested_offset: float = 0.0,
+        nested_offset: float | _Array = 0.0,
         nested_blocksize: int = 256,
     ) -> Params4bit:
         """Zero-copy. `absmax` is float32, or uint8 codes when nested_absmax and nested_map are given.
@@ -289,14 +297,15 @@ def dequantize_4bit(
     out: _Array | None = None,
     nested_absmax: _Array | None = None,
     nested_map: _Array | None = None,
-    nested_offset: float = 0.0,
+    nested_offset: float | _Array = 0.0,
     nested_blocksize: int = 256,
 ) -> _Array:
     """Elements [start, start + prod(shape)) of the flattened tensor, in `shape`. dtype None: that of `out`,
     else float32; numbers in uint16 `out` are bfloat16 when dtype says so."""
 
-def nest_absmax(absmax: _Array, /, blocksize: int = 256) -> tuple[_Array, _Array, float]:
-    """-> (codes uint8 [n], nested_absmax float32 [ceil(n / blocksize)], offset)."""
+def nest_absmax(absmax: _Array, /, blocksize: int = 256) -> tuple[_Array, _Array, float | _Array]:
+    """-> (codes uint8 [n], nested_absmax float32 [ceil(n / blocksize)], offset). The offset is a float; of a CUDA
+    `absmax`, float32 [1] on its device, as every `nested_offset` may be."""
 
 def linear_4bit(
     x: _Array,
@@ -312,9 +321,12 @@ def linear_4bit(
     out: _Array | None = None,
     nested_absmax: _Array | None = None,
     nested_map: _Array | None = None,
-    nested_offset: float = 0.0,
+    nested_offset: float | _Array = 0.0,
     nested_blocksize: int = 256,
-) -> _Array: ...
+) -> _Array:
+    """y = x W^T + b. compute: how products are formed on the processor; on CUDA x's dtype decides (float32: exact
+    products; 16 bits: the codebook rounded to it, float32 sums and scales)."""
+
 def linear_4bit_grad_input(
     dy: _Array,
     packed: _Array,
@@ -328,7 +340,7 @@ def linear_4bit_grad_input(
     out: _Array | None = None,
     nested_absmax: _Array | None = None,
     nested_map: _Array | None = None,
-    nested_offset: float = 0.0,
+    nested_offset: float | _Array = 0.0,
     nested_blocksize: int = 256,
 ) -> _Array: ...
 def quantize_8bit(

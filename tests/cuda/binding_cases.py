@@ -133,7 +133,8 @@ SCENARIOS = {
     "quantize_4bit": (
         ["quantize4"],
         lambda put: [
-            _C.quantize_4bit(put(W.astype(d)), q, 64) for d in DTYPES.values() for q in ("nf4", "fp4")
+            _C.quantize_4bit(put(W.astype(d)), q)
+            for d, q in zip(DTYPES.values(), ["nf4", "fp4", "nf4"], strict=True)
         ],
     ),
     "dequantize_4bit": (
@@ -162,7 +163,10 @@ SCENARIOS = {
     ),
     "quantize_rows_int8": (
         ["quantize_rows8"],
-        lambda put: [_C.quantize_rows_int8(put(X.astype(d)), t) for d in DTYPES.values() for t in (0.0, 6.0)],
+        lambda put: [
+            _C.quantize_rows_int8(put(X.astype(d)), t)
+            for d, t in zip(DTYPES.values(), [0.0, 6.0, 2.0], strict=True)
+        ],
     ),
     "dequantize_rows_int8": (
         ["dequantize_rows8"],
@@ -236,21 +240,50 @@ def check_product(found, x, weight, bias, dtype):
 
 
 PRODUCTS = {
-    "linear_4bit": lambda x, bias, out=None: _C.linear_4bit(
-        x, device.gpu(PACKED), device.gpu(ABSMAX), "nf4", 64, W.shape, bias, out=out
+    "linear_4bit": lambda x, bias, out=None, put=device.gpu: _C.linear_4bit(
+        x, put(PACKED), put(ABSMAX), "nf4", 64, W.shape, bias, out=out
     ),
-    "Linear4bit": lambda x, bias, out=None: _C.Linear4bit(
-        _C.Params4bit.from_parts(
-            device.gpu(PACKED), device.gpu(ABSMAX), quant_type="nf4", blocksize=64, shape=W.shape
-        ),
+    "Linear4bit": lambda x, bias, out=None, put=device.gpu: _C.Linear4bit(
+        _C.Params4bit.from_parts(put(PACKED), put(ABSMAX), quant_type="nf4", blocksize=64, shape=W.shape),
         bias,
     )(x, out=out),
-    "linear_8bit": lambda x, bias, out=None: _C.linear_8bit(
-        x, device.gpu(CODES8), device.gpu(SCALE8), bias, mode="exact", out=out
+    "linear_8bit": lambda x, bias, out=None, put=device.gpu: _C.linear_8bit(
+        x, put(CODES8), put(SCALE8), bias, mode="exact", out=out
     ),
-    "Linear8bit": lambda x, bias, out=None: _C.Linear8bit(
-        _C.Int8Params.from_parts(device.gpu(CODES8), device.gpu(SCALE8)), bias, 0.0, "exact"
+    "Linear8bit": lambda x, bias, out=None, put=device.gpu: _C.Linear8bit(
+        _C.Int8Params.from_parts(put(CODES8), put(SCALE8)), bias, 0.0, "exact"
     )(x, out=out),
 }
 DENSE4 = np.asarray(_C.dequantize_4bit(PACKED, ABSMAX, "nf4", 64, W.shape))
 DENSE8 = np.asarray(_C.dequantize_rows_int8(CODES8, SCALE8))
+
+# ---- calls that only CUDA has, and products: here for streams and faults; the numbers are tested elsewhere --
+
+OFFSETS = np.array([1, 1, 3], np.int64)
+ALSO = {
+    "grouped_linear_4bit": (
+        ["linear4"],
+        lambda put: _C.grouped_linear_4bit(
+            put(X), put(OFFSETS), put(PACKED), put(ABSMAX), "nf4", 64, (3, ROWS // 3, DEPTH)
+        ),
+    ),
+    "grouped_linear_8bit": (
+        ["linear8"],
+        lambda put: _C.grouped_linear_8bit(
+            put(X),
+            put(OFFSETS.astype("i4")),
+            put(CODES8.reshape(3, ROWS // 3, DEPTH)),
+            put(SCALE8),
+            threshold=6.0,
+        ),
+    ),
+    "gather_4bit": (
+        ["gather4"],
+        lambda put: _C.gather_4bit(
+            put(np.array([[5, 0], [-1, 9]])), put(PACKED), put(ABSMAX), "nf4", 64, W.shape
+        ),
+    ),
+} | {
+    name: (["linear4" if "4" in name else "linear8"], lambda put, f=f: f(put(X), put(BIAS), None, put))
+    for name, f in PRODUCTS.items()
+}

@@ -118,7 +118,8 @@ class Device:
             self.framework.set_stream(0, device)
         self.recorder.recorder_fail(ctypes.c_long(-1), 0)
         self.recorder.recorder_workspace(ctypes.c_int64(-1))
-        assert self.emulator.fault == ""
+        fault = self.emulator.fault
+        assert fault == "", fault
 
     @property
     def launches(self) -> int:

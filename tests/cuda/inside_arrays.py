@@ -455,6 +455,18 @@ def test_empty():
     )
     y = _C.Linear4bit(no_depth, device.gpu(BIAS))(device.gpu(np.zeros((2, 0), "f4")))
     np.testing.assert_array_equal(host(y), np.stack([BIAS, BIAS]))
+    for shape in ((0, 64), (3, 0), (0, 0)):
+        x, none = device.gpu(np.zeros(shape, "f4")), device.gpu(np.zeros(shape, "i1"))
+        codes, scale, outliers = _C.quantize_rows_int8(x, 6.0)
+        np.testing.assert_array_equal(host(scale), np.zeros(shape[0], "f4"))
+        np.testing.assert_array_equal(host(outliers), np.zeros(shape[1], "?"))
+        assert host(codes).shape == host(_C.dequantize_rows_int8(codes, scale)).shape == shape
+        np.testing.assert_array_equal(host(_C.matmul_int8(none, none)), np.zeros((shape[0],) * 2, "i4"))
+        for mode in ("dynamic", "exact"):
+            y = _C.linear_8bit(x, none, device.gpu(np.zeros(shape[0], "f4")), threshold=6.0, mode=mode)
+            np.testing.assert_array_equal(host(y), np.zeros((shape[0],) * 2, "f4"))
+        dx = _C.linear_8bit_grad_input(device.gpu(np.zeros((2, shape[0]), "f4")), none, scale)
+        np.testing.assert_array_equal(host(dx), np.zeros((2, shape[1]), "f4"))
     assert device.emulator.fault == ""
 
 
@@ -474,3 +486,24 @@ def test_thresholds_and_names_are_checked_before_any_launch():
         with pytest.raises((ValueError, TypeError)):
             bad()
     assert device.launches == launches
+
+
+def test_managed_memory():
+    capsule = _C.cuda_managed_memory(1, 64)
+    absmax = device.gpu(np.zeros(1, "f4"), 1)
+    out = device.gpu(np.ones(64, "f4"), 1)
+    _C.dequantize_8bit(capsule, absmax, device.gpu(np.zeros(256, "f4"), 1), 64, out=out)
+    np.testing.assert_array_equal(host(out), np.zeros(64, "f4"))
+    assert device.last == ("dequantize8", 1, 0)
+    assert device.emulator.fault == ""
+    for bad, message in [
+        (lambda: _C.cuda_managed_memory(0, 0), "size, expected at least 1 byte, got 0"),
+        (lambda: _C.cuda_managed_memory(-1, 1), "device, expected the number of a GPU, got -1"),
+        (lambda: _C.cuda_prefetch(W), "array, expected one on a CUDA device, got one on cpu"),
+        (lambda: _C.cuda_view(0, 1, 0), "address, expected that of memory, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            bad()
+    with pytest.raises(_C.CudaError, match="cuda_managed_memory: invalid device ordinal"):
+        _C.cuda_managed_memory(77, 1)
+    assert _C.cuda_view(X.ctypes.data, X.nbytes, 0) is None
