@@ -6,6 +6,7 @@
 
     build      the extension and the CUDA library for the GPU that is here
     correct    every operation beside the CPU's bits or float64, at all tails, small and large
+    layers     the checks of the torch layer and the stand-in (tests/cuda/torch_checks; needs pytest)
     sanitize   the small ones under compute-sanitizer: memcheck, racecheck, synccheck
     streams    the caller's stream, two streams, graphs, no waiting, the same bits every time
     products, optimizers, host     the benchmark: floors, torch, bitsandbytes, PASS or FAIL against the table
@@ -35,13 +36,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 from benchmarks import environment  # noqa: E402
 
-PARTS = ("build", "correct", "sanitize", "streams", "products", "optimizers", "host", "model")
+PARTS = ("build", "correct", "layers", "sanitize", "streams", "products", "optimizers", "host", "model")
 SPEED = ("products", "optimizers", "host")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_EXIT = 86
@@ -91,6 +93,41 @@ def build(emulate: bool) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     print(f"built for sm_{variables['HALFBYTE_CUDA_ARCHS']} in {seconds:.0f} s", flush=True)
     return {"seconds": seconds, "failed": {}, **variables}
+
+
+def layers(emulate: bool, remaining: Callable[[], float], only: str = "") -> dict[str, Any]:
+    """pytest over the checks of the torch layer, in a process of its own."""
+    checks = ROOT / "tests" / "cuda" / "torch_checks"
+    report = environment.DEFAULT_JSON / "layers.xml"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    paths = [str(path) for path in (ROOT, ROOT / "python", checks.parent, checks)]
+    plugin = "torch_plugin" if emulate else "benchmarks.gpu_plugin"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", plugin, "-p", "no:cacheprovider", "--tb=line"]
+    command += ["-o", "addopts=", f"--junitxml={report}", *(["-k", only] if only else [])]
+    command += map(str, sorted(checks.glob("check_*.py")))
+    try:
+        done = subprocess.run(command, cwd=checks.parent, capture_output=True, text=True, timeout=max(1.0, remaining()),
+                              env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})  # fmt: skip
+    except subprocess.TimeoutExpired:
+        print("FAIL layers: not ready in time")
+        return {"failed": {"layers": "not ready in time"}}
+    if not report.exists():
+        print(f"FAIL layers: {(done.stdout + done.stderr)[-2000:]}")
+        return {"failed": {"layers": (done.stdout + done.stderr)[-2000:]}}
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    failed: dict[str, str] = {}
+    done_cases = skipped = 0
+    for case in cases:
+        done_cases += 1
+        problem = next((child for child in case if child.tag in ("failure", "error")), None)
+        skipped += case.find("skipped") is not None
+        if problem is not None:
+            failed[f"{case.get('classname')} {case.get('name')}"] = (problem.get("message") or "")[:300]
+    for name, why in failed.items():
+        print(f"FAIL {name}: {why}")
+    print(f"layers: {done_cases} checks, {len(failed)} failed, {skipped} skipped", flush=True)
+    return {"done": done_cases, "skipped": skipped, "failed": failed}
 
 
 def find_sanitizer() -> str | None:
@@ -157,7 +194,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="the most that a part may take")
     parser.add_argument("--emulate", action="store_true", help="without a GPU, tiny, with made-up times")
     parser.add_argument("--size", choices=("tiny", "full"), help="of the cases of `correct`")
-    parser.add_argument("--only", default="", help="cases of `correct` whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="cases of `correct` (and `layers`) whose name contains this"
+    )
     parser.add_argument("--no-peers", action="store_true", help="without bitsandbytes")
     parser.add_argument("--sanitizer", default=None, help="path of compute-sanitizer")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -193,6 +232,7 @@ def main() -> int:
 
     size = options.size or ("tiny" if options.emulate else "full")
     part("correct", lambda left: gpu_correct.run(device, size, left, options.only))
+    part("layers", lambda left: layers(options.emulate, left, options.only))
     sanitizer = options.sanitizer or find_sanitizer()
     part("sanitize", lambda left: sanitize(options.emulate, sanitizer, left))
     part("streams", lambda left: gpu_streams.run(device, left))

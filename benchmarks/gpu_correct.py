@@ -12,98 +12,14 @@ import itertools
 import math
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+from benchmarks.gpu_checks import SIZES, Check, Comparison
 from benchmarks.gpu_device import Device
 
-Check = Callable[
-    [], float
-]  # the worst error in units of its bound: 0 equal bits, at most 1 good, inf wrong bits
 
-
-class Sizes(NamedTuple):
-    """How much a run tries: `tiny` on the emulator and under compute-sanitizer, `full` on a GPU."""
-
-    lengths: tuple[int, ...]
-    blocksizes: tuple[int, ...]
-    matrices: tuple[tuple[int, int], ...]  # rows x depth
-    rows: tuple[int, ...]  # of x
-    huge: bool  # more than 2^31 elements
-
-
-TINY = Sizes((1, 63, 64, 2049), (64, 256), ((33, 192), (20, 129)), (1, 9, 17), False)
-FULL = Sizes((1, 63, 64, 65, 4096, 100_003, 1 << 24), (32, 64, 128, 512, 4096),
-             ((33, 192), (20, 129), (1024, 4096), (4096, 4096), (4097, 448), (14336, 4096)),
-             (1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64, 65, 100, 200, 513), True)  # fmt: skip
-SIZES = {"tiny": TINY, "full": FULL}
-
-
-class Cases:
+class Cases(Comparison):
     """All checks of one device, by name."""
-
-    def __init__(self, device: Device, sizes: Sizes) -> None:
-        import torch
-
-        from halfbyte import _C
-
-        self.torch, self.C, self.device, self.sizes = torch, _C, device, sizes
-        self.unit = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-        self.dtypes = tuple(self.unit)
-
-    # ---- data and comparison --------------------------------------------------------------------
-
-    def data(self, *shape: int, dtype: Any = None, wild: bool = False) -> Any:
-        torch = self.torch
-        generator = torch.Generator().manual_seed(math.prod(shape) + len(shape))
-        x = torch.randn(*shape, generator=generator)
-        if wild and x.numel() > 200:  # every magnitude, zeros, a block of zeros, NaN and infinity
-            flat = x.view(-1)
-            flat *= 10.0 ** torch.randint(-30, 30, flat.shape, generator=generator)
-            flat[torch.rand(flat.shape, generator=generator) < 0.2] = 0
-            flat[64:200] = 0
-            flat[-1], flat[0] = math.nan, -math.inf
-        return x.to(dtype or torch.float32)
-
-    def equal(self, ours: Any, theirs: Any) -> float:
-        """Two tensors or tuples of them: 0 if bit for bit the same (any NaN is any other), else inf."""
-        if isinstance(theirs, (tuple, list)):
-            return max(self.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        if theirs is None or isinstance(theirs, (int, float)):
-            return 0.0 if ours == theirs else math.inf
-        torch = self.torch
-        a, b = torch.as_tensor(ours).cpu(), torch.as_tensor(theirs)
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return math.inf
-        if not a.is_floating_point():
-            return 0.0 if torch.equal(a, b) else math.inf
-        bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
-        same = (a.contiguous().view(bits) == b.contiguous().view(bits)) | (a.isnan() & b.isnan())
-        return 0.0 if bool(same.all()) else math.inf
-
-    def on_both(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> float:
-        """The function of tensors on the CPU and of the same on the GPU give the same bits."""
-        torch = self.torch
-
-        def there(x: Any) -> Any:
-            return x.cuda() if isinstance(x, torch.Tensor) else x
-
-        ours = function(*map(there, arguments), **{k: there(v) for k, v in keywords.items()})
-        self.device.synchronize()
-        return self.equal(ours, function(*arguments, **keywords))
-
-    def within(self, y: Any, x: Any, weight: Any, dtype: Any, bias: Any = None) -> float:
-        """y beside x @ weight.T + bias in float64, in units of the bound above."""
-        torch = self.torch
-        wide = [t.to(y.device, torch.float64) for t in (x, weight)]
-        expected, size = wide[0] @ wide[1].t(), wide[0].abs() @ wide[1].abs().t()
-        if bias is not None:
-            bias = bias.to(y.device, torch.float64)
-            expected, size = expected + bias, size + bias.abs()
-        u = self.unit[dtype]
-        bound = size * (2 * u * (dtype != torch.float32) + (x.shape[-1] / 16 + 40) * 2.0**-24)
-        bound += expected.abs() * u * 1.01 + 1e-45
-        ratio = (y.to(torch.float64) - expected).abs() / bound
-        return float(ratio.nan_to_num(math.inf).max().cpu()) if ratio.numel() else 0.0
 
     # ---- codecs ---------------------------------------------------------------------------------
 
@@ -213,12 +129,87 @@ class Cases:
                 yield f"linear_4bit_grad_input {name}", lambda w=weight, m=m, d=dtype: self.grad4(w, m, d)
         for (rows, depth), m in itertools.product(self.sizes.matrices, self.sizes.rows):
             yield f"matmul_int8 {m} of {rows} x {depth}", lambda r=rows, d=depth, m=m: self.matmul8(r, d, m)
+            for dtype in self.dtypes:
+                name = f"{m} of {rows} x {depth} {dtype}"
+                yield (
+                    f"linear_8bit_grad_input {name}",
+                    lambda r=rows, d=depth, m=m, t=dtype: self.grad8(r, d, m, t),
+                )
             for dtype, threshold in itertools.product(self.dtypes, (0.0, 2.5)):
                 name = f"{m} of {rows} x {depth} {dtype}"
                 yield (
                     f"linear_8bit {name} threshold {threshold}",
                     lambda r=rows, d=depth, m=m, t=dtype, h=threshold: self.linear8(r, d, m, t, h),
                 )
+
+        yield from self.only_cuda()
+
+    def only_cuda(self) -> Iterator[tuple[str, Check]]:
+        """Experts, tables and slices, which on the CPU are put together from other calls."""
+        for rows, depth in self.sizes.matrices[:2]:
+            for m, nested in itertools.product(self.sizes.rows, (False, True)):
+                name = f"{m} of 3 x {rows} x {depth}{' nested' if nested else ''}"
+                yield (
+                    f"grouped_linear_4bit {name}",
+                    lambda r=rows, d=depth, m=m, n=nested: self.grouped4(r, d, m, n),
+                )
+                yield f"grouped_linear_8bit {name}", lambda r=rows, d=depth, m=m: self.grouped8(r, d, m)
+            for nested in (False, True):
+                name = f"{rows} x {depth}{' nested' if nested else ''}"
+                yield f"gather_4bit {name}", lambda r=rows, d=depth, n=nested: self.gather(r, d, n)
+        yield "slices of rows", self.slices
+
+    def grouped4(self, rows: int, depth: int, m: int, nested: bool) -> float:
+        """Three experts, of which the second gets no row and the third those behind the middle."""
+        torch = self.torch
+        parts, keywords, decoded = self.weight4(3 * rows, depth, nested)
+        weights = decoded.view(3, rows, depth)
+        ends = [m // 2, m // 2, m]
+        offsets = torch.tensor(ends, dtype=torch.int32).cuda()
+        worst = 0.0
+        for transposed, dtype in itertools.product((False, True), self.dtypes):
+            x = self.data(m, rows if transposed else depth, dtype=dtype)
+            y = self.C.grouped_linear_4bit(
+                x.cuda(), offsets, *parts, "nf4", 64, (3, rows, depth), transposed, **keywords
+            )
+            for expert, begin, end in ((0, 0, ends[0]), (2, ends[1], m)):
+                w = weights[expert].t() if transposed else weights[expert]
+                worst = max(worst, self.within(y[begin:end], x[begin:end], w, dtype))
+        return worst
+
+    def grouped8(self, rows: int, depth: int, m: int) -> float:
+        """Beside one expert's product at a time."""
+        torch, C = self.torch, self.C
+        codes, scale, _ = (
+            t if t is None else t.cuda() for t in C.quantize_rows_int8(self.data(3 * rows, depth))
+        )
+        x = self.data(m, depth, dtype=torch.bfloat16).cuda()
+        codes, scale, half = codes.view(3, rows, depth), scale.view(3, rows), m // 2
+        y = C.grouped_linear_8bit(x, torch.tensor([half, half, m]).cuda(), codes, scale)
+        expected = [C.linear_8bit(x[:half], codes[0], scale[0]), C.linear_8bit(x[half:], codes[2], scale[2])]
+        return self.equal(y, torch.cat(expected).cpu())
+
+    def gather(self, rows: int, depth: int, nested: bool) -> float:
+        torch = self.torch
+        parts, keywords, decoded = self.weight4(rows, depth, nested)
+        index = torch.tensor([[0, rows - 1, 1], [-1, -rows, rows // 2]])
+        out = self.C.gather_4bit(index.cuda(), *parts, "nf4", 64, (rows, depth), torch.float32, **keywords)
+        outside = self.C.gather_4bit(
+            torch.tensor([rows, -rows - 1]).cuda(), *parts, "nf4", 64, (rows, depth), **keywords
+        )
+        wrong = 0.0 if bool(torch.isnan(outside).all()) else math.inf
+        return max(self.equal(out, decoded[index]), wrong)
+
+    def slices(self) -> float:
+        """Rows cut out of an object with nested scales, from inside a nested block."""
+        x = self.data(40, 512)
+        theirs = self.C.Params4bit.quantize(x, double_quant=True)
+        ours = self.C.Params4bit.quantize(x.cuda(), double_quant=True)
+        pairs = ((0, 40), (3, 11), (33, 40))
+        return max(
+            self.equal(ours[a:b].dequantize(), self.torch.as_tensor(theirs[a:b].dequantize()))
+            for a, b in pairs
+        )
 
     def linear4(self, weight: Any, m: int, dtype: Any) -> float:
         parts, nested, decoded = weight
@@ -238,6 +229,13 @@ class Cases:
         codes = [self.C.quantize_rows_int8(self.data(n, depth))[0] for n in (m, rows)]
         return self.on_both(self.C.matmul_int8, *codes)
 
+    def grad8(self, rows: int, depth: int, m: int, dtype: Any) -> float:
+        codes, scale, _ = self.C.quantize_rows_int8(self.data(rows, depth))
+        dy = self.data(m, rows, dtype=dtype)
+        dx = self.C.linear_8bit_grad_input(dy.cuda(), codes.cuda(), scale.cuda())
+        weight = codes.to(self.torch.float64) * scale.to(self.torch.float64)[:, None] / 127
+        return self.within(dx, dy, weight.t(), dtype)
+
     def linear8(self, rows: int, depth: int, m: int, dtype: Any, threshold: float) -> float:
         """Beside the CPU's, whose integers are the same: what remains are float32 sums and the rounding of y."""
         torch, C = self.torch, self.C
@@ -253,7 +251,9 @@ class Cases:
     # ---- optimizers -----------------------------------------------------------------------------
 
     def optimizers(self) -> Iterator[tuple[str, Check]]:
-        for optimizer, bits in itertools.product(("adam", "momentum", "lion", "rmsprop", "adagrad"), (8, 32)):
+        for optimizer, bits in itertools.product(
+            ("adam", "ademamix", "momentum", "lion", "rmsprop", "adagrad"), (8, 32)
+        ):
             for dtype in self.dtypes:
                 yield (
                     f"{optimizer} {bits} bits {dtype}",
@@ -263,6 +263,8 @@ class Cases:
     def step(self, optimizer: str, bits: int, dtype: Any) -> float:
         """Two steps of several tensors in one call."""
         torch = self.torch
+        settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "beta3": 0.9999, "alpha": 5.0, "eps": 1e-8}
+        settings["weight_decay"] = 0.01
         results = []
         maps = {"map1": "dynamic", "map2": "dynamic_unsigned"} if bits == 8 else {}
         for place in ("cpu", "cuda"):
@@ -279,8 +281,7 @@ class Cases:
                 tensors.append([p, g, states[0], states[1] if second else None, scales[0],
                                 scales[1] if second else None, None])  # fmt: skip
             for step in (1, 2):
-                self.C.optimizer_step(optimizer, [(*t, step) for t in tensors], lr=1e-3, beta1=0.9, beta2=0.999,
-                                      eps=1e-8, weight_decay=0.01, **maps)  # fmt: skip
+                self.C.optimizer_step(optimizer, [(*t, step) for t in tensors], **settings, **maps)
             results.append([t for each in tensors for t in each if t is not None])
         self.device.synchronize()
         return self.equal(results[1], results[0])

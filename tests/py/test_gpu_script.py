@@ -77,6 +77,15 @@ def test_the_benchmark_runs(tmp_path):
 
 
 @needs_compiler
+def test_layers(tmp_path):
+    """The checks of the torch layer are found, run and counted; all of them are run by tests/cuda/test_torch.py."""
+    status, output, result = script(tmp_path, "layers", "--only", "storage_types")
+    assert status == 0, output
+    assert result["parts"]["layers"]["done"] >= 3
+    assert result["parts"]["layers"]["failed"] == {}
+
+
+@needs_compiler
 def test_models_run(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
