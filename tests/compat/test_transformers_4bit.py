@@ -118,9 +118,12 @@ def test_reads_what_halfbyte_quantize_writes(tiny_llama, text, tmp_path, double_
     import halfbyte
 
     halfbyte.quantize(tiny_llama, tmp_path / "q", to="nf4", double_quant=double_quant)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    # transformers 4 takes float16 where nothing is said
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.bfloat16)
     onthefly = transformers.AutoModelForCausalLM.from_pretrained(
-        tiny_llama, quantization_config=config(bnb_4bit_use_double_quant=double_quant)
+        tiny_llama,
+        quantization_config=config(bnb_4bit_use_double_quant=double_quant),
+        dtype=torch.bfloat16,
     )
     a, b = model.state_dict(), onthefly.state_dict()
     assert a.keys() == b.keys()
