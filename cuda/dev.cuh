@@ -251,6 +251,31 @@ template <int IO> HB_DEVICE void mma_16x8x16(float *d, const uint32_t *a, const 
 #endif
 }
 
+// Four 8 x 16 byte matrices from shared memory, by a whole warp: lane l gives the address (16-byte
+// aligned) of row l % 8 of matrix l / 8, and gets of matrix i bytes 4t .. 4t + 3 of row g in r[i].
+HB_DEVICE void load_matrices(const void *row, uint32_t *r)
+{
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// d += A B for a warp: A 16 x 32 and B 32 x 8 of int8, d 16 x 8 int32. Each register four elements
+// of consecutive k, the first lowest:
+//   a[0] row g, k 4t     a[1] row g + 8, k 4t   a[2] row g, k 4t + 16   a[3] row g + 8, k 4t + 16
+//   b[0] k 4t, column g  b[1] k 4t + 16, column g                       d as above
+HB_DEVICE void mma_int8(int32_t *d, const uint32_t *a, const uint32_t *b)
+{
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 // Sets bytes of device memory in the order of the stream; a node of a graph when captured.
 static inline int hb_cuda_fill(void *p, int value, int64_t bytes, void *stream)
 {

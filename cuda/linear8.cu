@@ -116,6 +116,10 @@ int quantize(const hb_cuda_queue *queue, linear8_job *job)
 
 int product(const hb_cuda_queue *queue, const linear8_job &job)
 {
+    const int32_t path = job.a.path;
+    if (path != HB_CUDA_SIMT && hb_cuda_linear8_tile_fits(queue, job))
+        return hb_cuda_launch_linear8_tile(queue, job, path);
+    if (path != HB_CUDA_AUTO && path != HB_CUDA_SIMT) return HB_CUDA_INVALID;
     return hb_cuda_launch_linear8_simt(queue, job);
 }
 
@@ -147,6 +151,7 @@ int hb_cuda_launch_matmul8(const hb_cuda_queue *queue, const hb_cuda_matmul8 *ar
     job.a.m = args->m;
     job.a.rows = args->n;
     job.a.depth = args->depth;
+    job.a.path = args->path;
     job.x_codes = args->a;
     job.c = args->c;
     return product(queue, job);

@@ -8,7 +8,7 @@
 //
 // cx, sx: x quantized row-wise, 0 in its outlier columns o. The integer sum is exact, 1/127 is the
 // float32 next to it, and all that follows are single float32 operations in this order, the CPU's:
-// without outliers (and with one outlier column) y has the CPU's bits.
+// without outliers y has the CPU's bits, and with 16-bit x also with one outlier column.
 #ifndef HB_CUDA_LINEAR8_CUH
 #define HB_CUDA_LINEAR8_CUH
 
@@ -23,7 +23,8 @@ struct linear8_job {
     const int8_t *x_codes;
     const float *x_scale;
     const int32_t *columns, *n_columns;
-    int32_t *c; // not NULL: only the integer sums are wanted, [m, rows]
+    int32_t *c;      // not NULL: only the integer sums are wanted, [m, rows]
+    int64_t x_tiles; // of the launch
 };
 
 // bias[i], or 0.
@@ -66,5 +67,8 @@ HB_DEVICE int linear8_columns(const linear8_job &job)
 // ---- the kernels (host) -------------------------------------------------------------------------
 
 int hb_cuda_launch_linear8_simt(const hb_cuda_queue *queue, const linear8_job &job);
+// path: TILE, TILE_SMALL, or AUTO between these two.
+bool hb_cuda_linear8_tile_fits(const hb_cuda_queue *queue, const linear8_job &job);
+int hb_cuda_launch_linear8_tile(const hb_cuda_queue *queue, const linear8_job &job, int32_t path);
 
 #endif

@@ -62,4 +62,16 @@ template <bool PLAIN> HB_DEVICE uint32_t encode4_int8(const float *value, float 
     return merge_bytes(low, high, 0x5410);
 }
 
+// x as the sum of three bfloat16: exact but for bits below 2^-133. Not truncated to infinity, and
+// an infinity or NaN has no remainder.
+HB_DEVICE void split_bf16(float x, uint16_t *terms)
+{
+    const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
+    terms[0] = (uint16_t)((magnitude > 0x7f800000u ? 0x7fc00000u : bits) >> 16);
+    const bool is_finite = magnitude < 0x7f800000u;
+    const float rest = is_finite ? x - bits_float(bits & 0xffff0000u) : 0.0f;
+    terms[1] = (uint16_t)(float_bits(rest) >> 16);
+    terms[2] = (uint16_t)(float_bits(rest - bits_float(float_bits(rest) & 0xffff0000u)) >> 16);
+}
+
 #endif

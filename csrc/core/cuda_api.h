@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a function here does.
-enum { HB_CUDA_ABI = 3, HB_CUDA_MAX_NDIM = 8 };
+enum { HB_CUDA_ABI = 4, HB_CUDA_MAX_NDIM = 8 };
 
 typedef struct {
     int32_t device; // index, as CUDA counts the visible devices
@@ -115,7 +115,14 @@ typedef struct {
 // With `offsets` the weight is a stack [experts, rows, depth], quantized as one tensor, and row r
 // of x meets the expert e with offsets[e - 1] <= r < offsets[e], offsets[-1] = 0; rows from the
 // last offset on become 0. Offsets ascend from 0 to at most m; others are taken as if they did.
-enum { HB_CUDA_AUTO = 0, HB_CUDA_SIMT = 1, HB_CUDA_MMA = 2, HB_CUDA_TILE = 3, HB_CUDA_WGMMA = 4 };
+enum {
+    HB_CUDA_AUTO = 0,
+    HB_CUDA_SIMT = 1,
+    HB_CUDA_MMA = 2,
+    HB_CUDA_TILE = 3,
+    HB_CUDA_WGMMA = 4,
+    HB_CUDA_TILE_SMALL = 5
+};
 typedef struct {
     const void *x;
     const uint8_t *packed;
@@ -186,16 +193,18 @@ typedef struct {
     void *out;
 } hb_cuda_dequantize_rows8;
 
-// hb_matmul_int8: c [m, n] = a [m, depth] b [n, depth]^T.
+// hb_matmul_int8: c [m, n] = a [m, depth] b [n, depth]^T. path as in hb_cuda_linear8.
 typedef struct {
     const int8_t *a, *b;
     int64_t m, n, depth;
     int32_t *c;
+    int32_t path;
 } hb_cuda_matmul8;
 
 // hb_linear_8bit (mode: hb_int8_mode) and, transposed, hb_linear_8bit_grad_input (mode, threshold
 // and bias unused). offsets and experts as in hb_cuda_linear4; codes [experts, rows, depth], scale
-// [experts, rows]. Outlier columns are those of all rows of x together.
+// [experts, rows], bias [experts, rows]. Outlier columns are those of all rows of x together. path:
+// HB_CUDA_AUTO, or SIMT, MMA (few rows of x), TILE and TILE_SMALL.
 typedef struct {
     const void *x;
     const int8_t *codes;
@@ -204,7 +213,7 @@ typedef struct {
     void *y;
     const void *offsets;
     void *workspace;
-    int32_t io_dtype, bias_dtype, offsets_dtype, mode, transposed;
+    int32_t io_dtype, bias_dtype, offsets_dtype, mode, transposed, path;
     float threshold;
     int64_t m, rows, depth, experts;
 } hb_cuda_linear8;

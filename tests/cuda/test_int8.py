@@ -20,6 +20,7 @@ UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 TINY = {"float32": 2.0**-149, "bfloat16": 2.0**-133, "float16": 2.0**-24}  # smallest subnormal
 INT32, INT64 = 6, 7  # hb_dtype
 STEP = np.float32(1 / 127)
+AUTO, SIMT, MMA, TILE, TILE_SMALL = 0, 1, 2, 3, 5
 
 
 def placed(array, offset=0):
@@ -190,21 +191,21 @@ def test_gather4(n, rows, depth, quant_type, blocksize, nested, dtype, offset, o
 # ---- products -----------------------------------------------------------------------------------
 
 
-def matmul(a, b, offset=0, order=0):
+def matmul(a, b, offset=0, order=0, path=AUTO):
     emulator = emulated()
     emulator.reset(order, seed=a.size)
     a, b = placed(a, offset), placed(b, offset)
     c = np.zeros((a.shape[0], b.shape[0]), np.int32)
     emulator.run("matmul8", Matmul8(a=emulator.register(a), b=emulator.register(b), m=a.shape[0], n=b.shape[0],
-                 depth=a.shape[1], c=emulator.register(c, True)))  # fmt: skip
+                 depth=a.shape[1], c=emulator.register(c, True), path=path))  # fmt: skip
     return c
 
 
-def check_matmul(m, n, depth, offset=0, order=0):
+def check_matmul(m, n, depth, offset=0, order=0, path=AUTO):
     rng = np.random.default_rng(m + 100 * n + depth)
     a = rng.integers(-128, 128, (m, depth)).astype(np.int8)
     b = rng.integers(-128, 128, (n, depth)).astype(np.int8)
-    assert np.array_equal(matmul(a, b, offset, order), a.astype(np.int32) @ b.astype(np.int32).T)
+    assert np.array_equal(matmul(a, b, offset, order, path), a.astype(np.int32) @ b.astype(np.int32).T)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -213,10 +214,24 @@ def test_matmul(m, order):
     check_matmul(m, 40, 160, 0, order)
 
 
+@pytest.mark.parametrize("path", [SIMT, TILE, TILE_SMALL])
+def test_matmul_paths(path):
+    """More than one tile of each size, and depths that end within a chunk and behind all stages."""
+    for m, n, depth in [(130, 133, 80), (65, 34, 64 * 14 + 16), (1, 1, 16), (3, 260, 0)]:
+        check_matmul(m, n, depth, 0, path % 3, path)
+
+
+def test_matmul_refuses():
+    for path in (TILE, TILE_SMALL):
+        with pytest.raises(AssertionError, match=r"invalid argument|unknown error"):
+            check_matmul(2, 2, 15, path=path)
+
+
 def test_matmul_largest_sums():
     depth = 131056
-    a = np.full((17, depth), -128, np.int8)
-    assert (matmul(a, a[:8]) == depth << 14).all()
+    a = np.full((2, depth), -128, np.int8)
+    for path in (SIMT, TILE_SMALL):
+        assert (matmul(a, a[:1], path=path) == depth << 14).all()
 
 
 @settings(deadline=None, max_examples=40)
@@ -242,7 +257,7 @@ def case(m, rows, depth, dtype, kind="none", experts=None, transposed=False):
 
 
 def linear(x, codes, scale, *, bias=None, threshold=0.0, mode="dynamic", transposed=False, offsets=None,
-           offset=0, order=0):  # fmt: skip
+           offset=0, order=0, path=AUTO):  # fmt: skip
     emulator = emulated()
     emulator.reset(order, seed=x.size)
     rows, depth = codes.shape[-2:]
@@ -251,7 +266,7 @@ def linear(x, codes, scale, *, bias=None, threshold=0.0, mode="dynamic", transpo
     y = placed(np.full((m, outputs), 7, x.dtype), offset)
     args = Linear8(x=emulator.register(x), codes=emulator.register(codes), scale=emulator.register(scale),
                    y=emulator.register(y, True), io_dtype=DTYPES[x.dtype.name], mode=int(mode == "exact"),
-                   transposed=transposed, threshold=threshold, m=m, rows=rows, depth=depth)  # fmt: skip
+                   transposed=transposed, path=path, threshold=threshold, m=m, rows=rows, depth=depth)  # fmt: skip
     if bias is not None:
         args.bias, args.bias_dtype = emulator.register(bias), DTYPES[bias.dtype.name]
     if offsets is not None:
@@ -275,7 +290,7 @@ def expert_of(m, offsets):
 
 
 def check_dynamic(x, codes, scale, threshold=0.0, bias=None, offsets=None, **how):
-    """Bit for bit the documented float32 operations with up to one outlier column, else their bound."""
+    """Bit for bit the documented float32 operations with no outlier column (16-bit x: one), else their bound."""
     dtype, m = x.dtype.name, x.shape[0]
     y = linear(x, codes, scale, bias=bias, threshold=threshold, offsets=offsets, **how)
     cx, sx, marks = (np.asarray(part) for part in _C.quantize_rows_int8(x, threshold))
@@ -302,14 +317,14 @@ def check_dynamic(x, codes, scale, threshold=0.0, bias=None, offsets=None, **how
                 exact[here] += bias[e]
                 size[here] += np.abs(bias[e])
         rounded = single.astype(x.dtype)
-    if columns.size <= 1:
+    if columns.size == 0 or (columns.size == 1 and dtype != "float32"):
         assert same(y, rounded)
         if offsets is None and np.isfinite(x.astype(np.float32)).all():
             cpu = _C.linear_8bit(x, codes, scale, None if bias is None else bias[0], threshold)
             assert same(y, np.asarray(cpu).view(x.dtype))
-    else:  # each term: a sum over the columns, and at most 8 operations more
+    else:  # each term: a sum over the columns (in three parts for float32), and at most 8 operations more
         finite = np.isfinite(exact) & np.isfinite(rounded.astype(np.float64))
-        bound = size * (columns.size + 8) * U + np.abs(exact) * UNIT[dtype] * 1.01 + TINY[dtype]
+        bound = size * (3 * columns.size + 8) * U + np.abs(exact) * UNIT[dtype] * 1.01 + TINY[dtype]
         error = np.abs(y.astype(np.float64)[finite] - exact[finite])
         assert (error <= bound[finite]).all(), (error - bound[finite]).max()
         assert np.array_equal(np.isnan(y), np.isnan(rounded))
@@ -323,6 +338,16 @@ def test_dynamic(m, dtype, kind):
     bias = data(24, "float32", m)
     for threshold in (0.0, 6.0):
         check_dynamic(x, codes, scale, threshold, bias, order=m % 3)
+
+
+@pytest.mark.parametrize("path", [SIMT, TILE, TILE_SMALL])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "one", "many", "all"])
+def test_dynamic_paths(kind, dtype, path):
+    """More than one tile, more than one portion of outlier columns, with and without whole runs."""
+    for m, rows in [(70, 40), (131, 139)] if kind == "all" else [(67, 35)]:
+        x, codes, scale = case(m, rows, 80, dtype, kind)
+        check_dynamic(x, codes, scale, 6.0, data(rows, "float16", m), order=m % 3, path=path)
 
 
 @settings(deadline=None, max_examples=60)

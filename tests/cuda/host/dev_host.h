@@ -55,6 +55,7 @@ void warp_barrier();
 uint32_t exchange(uint32_t value, int source);
 // d += A B over the warp's fragments (dev.cuh says which lane holds what).
 void mma_16x8x16(int io, float *d, const uint32_t *a, const uint32_t *b);
+void mma_int8(int32_t *d, const uint32_t *a, const uint32_t *b);
 // A copy of `bytes`, the first source_bytes from global memory, zeros behind them.
 void async_copy(void *shared, const void *source, int bytes, int source_bytes);
 void async_commit();
@@ -243,6 +244,20 @@ static inline uint32_t pack_f16(float low, float high)
     return a | b << 16;
 }
 
+static inline void load_matrices(const void *row, uint32_t *r)
+{
+    const unsigned char *base = hb_host::shared_base();
+    hb_host::check_shared(row, 16, hb_host::access::read);
+    const uint32_t mine = (uint32_t)((const unsigned char *)row - base);
+    for (int i = 0; i < 4; i++) {
+        const uint32_t theirs = hb_host::exchange(mine, 8 * i + lane_index() / 4);
+        r[i] = shared_load((const uint32_t *)(base + theirs) + lane_index() % 4);
+    }
+}
+static inline void mma_int8(int32_t *d, const uint32_t *a, const uint32_t *b)
+{
+    hb_host::mma_int8(d, a, b);
+}
 template <int IO> void mma_16x8x16(float *d, const uint32_t *a, const uint32_t *b)
 {
     hb_host::mma_16x8x16(IO, d, a, b);

@@ -178,9 +178,35 @@ std::vector<int64_t> in_order(int64_t n)
     return list;
 }
 
+constexpr int INT8_MMA = 3; // in place of an io dtype; d holds the bits of integers
+
+void run_mma_int8(fiber *warp)
+{
+    int8_t a[16][32], b[32][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const auto &mma = warp[lane].mma;
+        int g = lane / 4, t = lane % 4;
+        for (int r = 0; r < 4; r++)
+            for (int e = 0; e < 4; e++)
+                a[g + 8 * (r % 2)][4 * t + 16 * (r / 2) + e] = (int8_t)(mma.a[r] >> (8 * e));
+        for (int r = 0; r < 2; r++)
+            for (int e = 0; e < 4; e++) b[4 * t + 16 * r + e][g] = (int8_t)(mma.b[r] >> (8 * e));
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        int g = lane / 4, t = lane % 4;
+        for (int r = 0; r < 4; r++) {
+            uint32_t sum = hb_f32_bits(warp[lane].mma.d[r]);
+            for (int k = 0; k < 32; k++)
+                sum += (uint32_t)(a[g + 8 * (r / 2)][k] * b[k][2 * t + r % 2]);
+            warp[lane].mma.d[r] = hb_f32_from_bits(sum);
+        }
+    }
+}
+
 // Assembles the warp's matrices from its fragments, multiplies, hands the result back.
 void run_mma(fiber *warp)
 {
+    if (warp->mma.io == INT8_MMA) return run_mma_int8(warp);
     float a[16][16], b[16][8];
     auto part = [&](uint32_t pair, int which) {
         uint16_t bits = (uint16_t)(which ? pair >> 16 : pair);
@@ -348,6 +374,14 @@ void mma_16x8x16(int io, float *d, const uint32_t *a, const uint32_t *b)
     std::copy_n(d, 4, mma.d);
     wait_as(state::at_mma);
     std::copy_n(mma.d, 4, d);
+}
+
+void mma_int8(int32_t *d, const uint32_t *a, const uint32_t *b)
+{
+    float bits[4];
+    std::memcpy(bits, d, sizeof bits);
+    mma_16x8x16(INT8_MMA, bits, a, b);
+    std::memcpy(d, bits, sizeof bits);
 }
 
 unsigned char *shared_base()
