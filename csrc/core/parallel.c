@@ -11,13 +11,20 @@
 // them: a worker raises `holders`, then looks whether `current` still names the slot; the caller
 // takes `current` away, then looks at `holders` (sequentially consistent on both sides).
 //
+// In a process where torch has an OpenMP runtime of as many threads, its threads run the lanes
+// (openmp.h says why). That loop ends only when every thread came, so a thread that the system has
+// descheduled holds it up for milliseconds; when that was seen, our own workers take over for a
+// while, longer each time it happens again soon.
+//
 // fork(): a child has the memory but not the threads. A counter that the atfork handler raises
-// tells a team and an owner of the parent from those of this process; the child drops them unseen.
+// tells a team and an owner of the parent from those of this process; the child drops them unseen
+// and never borrows threads.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE // pthread_setname_np
 #endif
 #include "core/parallel.h"
 
+#include "core/openmp.h"
 #include "core/thread_count.h"
 
 #include <pthread.h>
@@ -28,7 +35,16 @@
 #include <string.h>
 #include <time.h>
 
-enum { SLOTS = 8, CACHE_LINE = 64, SPIN_NS = 50000 };
+enum {
+    SLOTS = 8,
+    CACHE_LINE = 64,
+    SPIN_NS = 50000,
+    // Borrowed threads: a wait this long after all work was done is one for a descheduled thread.
+    LATE_NS = 300000,
+    SHUN_NS = 100000000, // our own threads for that long
+    SHUN_DOUBLINGS = 6,  // at most, if it happens again within PATIENCE calls
+    PATIENCE = 1000,
+};
 
 // Units [begin, end) still to be taken: begin in the low, end in the high 32 bits.
 typedef struct {
@@ -75,8 +91,15 @@ struct hb_team {
 
 struct hb_pool {
     atomic_int threads;
-    atomic_uint_least64_t owner; // (generation << 1) | 1 while a call owns the pool, else 0
-    _Atomic(hb_team *) team;     // touched by the owner only
+    atomic_uint_least64_t owner;    // (generation << 1) | 1 while a call owns the pool, else 0
+    _Atomic(hb_team *) team;        // touched by the owner only
+    atomic_uint_least64_t borrowed; // loops on torch's threads
+    // Touched by the owner only:
+    hb_openmp openmp;
+    bool has_openmp;
+    unsigned long long libraries;        // of the process, when it was looked for
+    int64_t shunned_until, prompt_calls; // ns; calls since the last late one
+    int shun_doublings;
 };
 
 // ---- processes ----------------------------------------------------------------------------------
@@ -312,6 +335,11 @@ int hb_pool_threads(const hb_pool *pool)
     return atomic_load_explicit(&pool->threads, memory_order_relaxed);
 }
 
+uint64_t hb_pool_borrowed(const hb_pool *pool)
+{
+    return atomic_load_explicit(&pool->borrowed, memory_order_relaxed);
+}
+
 void hb_pool_set_threads(hb_pool *pool, int threads)
 {
     if (threads <= 0) threads = hb_thread_count_auto();
@@ -319,7 +347,8 @@ void hb_pool_set_threads(hb_pool *pool, int threads)
     atomic_store_explicit(&pool->threads, threads, memory_order_relaxed);
 }
 
-// A team of this process with room for `threads`, or NULL when memory is short. Owner only.
+// A team of this process with room for `threads`, perhaps without any workers yet, or NULL when
+// memory is short. Owner only.
 static hb_team *own_team(hb_pool *pool, int threads, uint32_t generation)
 {
     hb_team *team = pool->team;
@@ -328,7 +357,6 @@ static hb_team *own_team(hb_pool *pool, int threads, uint32_t generation)
         team_destroy(team);
         pool->team = team = team_create(threads, generation);
     }
-    if (team != NULL) team_start(team, threads);
     return team;
 }
 
@@ -346,13 +374,20 @@ static job_slot *free_slot(hb_team *team, uint64_t *name)
     }
 }
 
-static void wait_until_done(hb_team *team, job_slot *slot)
+// Spins for at most SPIN_NS while units are missing. True when none are.
+static bool spin_until_done(job_slot *slot)
 {
     const int64_t start = now_ns();
     do {
-        if (atomic_load(&slot->units_done) == slot->n_units) return;
+        if (atomic_load(&slot->units_done) == slot->n_units) return true;
         relax();
     } while (now_ns() - start < SPIN_NS);
+    return false;
+}
+
+static void wait_until_done(hb_team *team, job_slot *slot)
+{
+    if (spin_until_done(slot)) return;
     pthread_mutex_lock(&team->done_mutex);
     atomic_store(&slot->caller_sleeps, true);
     while (atomic_load(&slot->units_done) != slot->n_units)
@@ -360,10 +395,10 @@ static void wait_until_done(hb_team *team, job_slot *slot)
     pthread_mutex_unlock(&team->done_mutex);
 }
 
-static void run_job(hb_team *team, int lanes, int64_t n_chunks, hb_chunk_fn fn, void *arg)
+static job_slot *fill_slot(hb_team *team, int lanes, int64_t n_chunks, hb_chunk_fn fn, void *arg,
+                           uint64_t *name)
 {
-    uint64_t name;
-    job_slot *slot = free_slot(team, &name);
+    job_slot *slot = free_slot(team, name);
     slot->fn = fn;
     slot->arg = arg;
     slot->n_chunks = n_chunks;
@@ -377,6 +412,13 @@ static void run_job(hb_team *team, int lanes, int64_t n_chunks, hb_chunk_fn fn, 
         atomic_store_explicit(&slot->ranges[lane].range, (end << 32) | begin, memory_order_relaxed);
         begin = end;
     }
+    return slot;
+}
+
+static void run_job(hb_team *team, int lanes, int64_t n_chunks, hb_chunk_fn fn, void *arg)
+{
+    uint64_t name;
+    job_slot *slot = fill_slot(team, lanes, n_chunks, fn, arg, &name);
     atomic_store(&team->current, name);
     for (int i = 1; i < lanes; i++) wake(&team->workers[i]);
     run_lane(team, slot, 0);
@@ -384,10 +426,83 @@ static void run_job(hb_team *team, int lanes, int64_t n_chunks, hb_chunk_fn fn, 
     atomic_store(&team->current, 0);
 }
 
+// ---- borrowed threads ---------------------------------------------------------------------------
+
+typedef struct {
+    const hb_openmp *openmp;
+    hb_team *team;
+    job_slot *slot;
+    int64_t done_ns; // when lane 0 saw that all units were done; 0: not seen
+} borrowed_job;
+
+static void borrowed_member(void *arg)
+{
+    borrowed_job *job = arg;
+    job_slot *slot = job->slot;
+    int lane = job->openmp->thread_num();
+    if (lane < slot->lanes) run_lane(job->team, slot, lane);
+    if (lane != 0) return;
+    if (spin_until_done(slot)) job->done_ns = now_ns();
+}
+
+// Whether this call may use torch's threads: they exist and are as many as ours.
+static bool may_borrow(hb_pool *pool, uint32_t generation)
+{
+    if (!pool->has_openmp) {
+        if (generation != 0) return false;
+        unsigned long long libraries = hb_openmp_libraries();
+        if (libraries == pool->libraries) return false;
+        pool->libraries = libraries;
+        if (!hb_openmp_find(&pool->openmp)) return false;
+        pool->has_openmp = true;
+    }
+    return generation == 0 && pool->openmp.max_threads() == hb_pool_threads(pool) &&
+           !pool->openmp.in_parallel() &&
+           (pool->shunned_until == 0 || now_ns() >= pool->shunned_until);
+}
+
+// Remembers whether the call ended promptly.
+static void judge(hb_pool *pool, int64_t done_ns)
+{
+    const int64_t now = now_ns();
+    if (done_ns == 0 || now - done_ns < LATE_NS) {
+        if (pool->prompt_calls < PATIENCE) pool->prompt_calls++;
+        return;
+    }
+    if (pool->prompt_calls >= PATIENCE)
+        pool->shun_doublings = 0;
+    else if (pool->shun_doublings < SHUN_DOUBLINGS)
+        pool->shun_doublings++;
+    pool->prompt_calls = 0;
+    pool->shunned_until = now + ((int64_t)SHUN_NS << pool->shun_doublings);
+}
+
+static void run_borrowed(hb_pool *pool, hb_team *team, int lanes, int64_t n_chunks, hb_chunk_fn fn,
+                         void *arg)
+{
+    uint64_t name;
+    borrowed_job job = {&pool->openmp, team, NULL, 0};
+    job.slot = fill_slot(team, lanes, n_chunks, fn, arg, &name); // never published in `current`
+    // With all threads, though there may be fewer lanes: another number would end threads of the
+    // runtime and start them again.
+    pool->openmp.parallel(borrowed_member, &job, (unsigned)hb_pool_threads(pool), 0);
+    atomic_fetch_add_explicit(&pool->borrowed, 1, memory_order_relaxed);
+    judge(pool, job.done_ns);
+}
+
+// ---- one call -----------------------------------------------------------------------------------
+
 void hb_parallel_for(hb_pool *pool, int64_t n_chunks, hb_chunk_fn fn, void *arg)
+{
+    hb_parallel_for_lanes(pool, HB_MAX_THREADS, n_chunks, fn, arg);
+}
+
+void hb_parallel_for_lanes(hb_pool *pool, int most_lanes, int64_t n_chunks, hb_chunk_fn fn,
+                           void *arg)
 {
     if (n_chunks <= 0) return;
     int lanes = pool != NULL ? hb_pool_threads(pool) : 1;
+    if (lanes > most_lanes) lanes = most_lanes;
     if (lanes > n_chunks) lanes = (int)n_chunks;
     if (lanes > 1) {
         const uint32_t generation = atomic_load(&fork_generation);
@@ -396,6 +511,12 @@ void hb_parallel_for(hb_pool *pool, int64_t n_chunks, hb_chunk_fn fn, void *arg)
         // An owner of another generation is a thread of the parent: it does not exist here.
         if (owner != mine && atomic_compare_exchange_strong(&pool->owner, &owner, mine)) {
             hb_team *team = own_team(pool, lanes, generation);
+            if (team != NULL && may_borrow(pool, generation)) {
+                run_borrowed(pool, team, lanes, n_chunks, fn, arg);
+                atomic_store(&pool->owner, 0);
+                return;
+            }
+            if (team != NULL) team_start(team, lanes);
             if (team != NULL && team->started < lanes) lanes = team->started;
             if (team != NULL && lanes > 1) {
                 run_job(team, lanes, n_chunks, fn, arg);

@@ -12,15 +12,19 @@
 #define STRING(x)    #x
 #define AS_STRING(x) STRING(x)
 
-PyDoc_STRVAR(cpu_info_doc, "cpu_info($module, /)\n--\n\n"
-                           "{\"detected\": str, \"used\": str, \"threads\": int}.");
+PyDoc_STRVAR(cpu_info_doc,
+             "cpu_info($module, /)\n--\n\n"
+             "{\"detected\": str, \"used\": str, \"threads\": int, \"loops_on_torch_threads\": "
+             "int}. The last "
+             "counts the parallel loops that torch's OpenMP threads have run for us.");
 
 static PyObject *cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     const hb_context *context = &hb_state_of_module(module)->context;
-    return Py_BuildValue("{s:s, s:s, s:i}", "detected", hb_cpu_name(hb_cpu_detect()), "used",
-                         hb_cpu_name(context->cpu_flags), "threads",
-                         hb_pool_threads(context->pool));
+    return Py_BuildValue("{s:s, s:s, s:i, s:K}", "detected", hb_cpu_name(hb_cpu_detect()), "used",
+                         hb_cpu_name(context->cpu_flags), "threads", hb_pool_threads(context->pool),
+                         "loops_on_torch_threads",
+                         (unsigned long long)hb_pool_borrowed(context->pool));
 }
 
 PyDoc_STRVAR(set_num_threads_doc, "set_num_threads($module, n, /)\n--\n\n"

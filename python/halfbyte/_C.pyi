@@ -429,7 +429,8 @@ def map8(name: str, /) -> _Array:
     "normal"."""
 
 def cpu_info() -> dict[str, Any]:
-    """{"detected": str, "used": str, "threads": int}."""
+    """{"detected": str, "used": str, "threads": int, "loops_on_torch_threads": int}. The last counts the
+    parallel loops that torch's OpenMP threads have run for us."""
 
 def cuda_info() -> dict[str, Any]:
     """{"available": bool, "reason": str | None, "driver": str | None, "runtime": str | None, "devices":
