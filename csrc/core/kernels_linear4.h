@@ -56,6 +56,7 @@ typedef struct {
     int32_t element_bytes; // of permuted x, packed x and panels: 4 float32, 2 bfloat16
     // Column of W, counted from the panel's first, at each place of a decode_cols panel.
     uint8_t column_order[HB_LINEAR4_MAX_TILE_COLS];
+    bool columns_in_order; // column_order[c] == c for all c
 
     // x [depth] of dtype (float32, bfloat16, float16) -> permuted [depth rounded up to X_GROUP].
     void (*permute_x)(const void *x, hb_dtype dtype, int64_t depth, void *permuted);

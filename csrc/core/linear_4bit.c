@@ -6,6 +6,9 @@
 // has its own panel, sums and scales in one allocation made per call. The sum over s is never split
 // and its order is fixed by the panel size: results do not depend on the number of threads.
 //
+// Where W has too few outputs to give every lane panels of its own, all panels are decoded once,
+// by all lanes, beside the packing of x, and the multiplications share them ("shared" below).
+//
 // A block of W that straddles rows still has one scale on every run of gcd(depth, blocksize)
 // columns: with at least 32 of them W is read as if quantized with that block size, its scales
 // copied out per range of rows (as nested scales are). Otherwise (depth no multiple of 32) elements
@@ -19,6 +22,10 @@
 
 enum {
     PACKED_BYTES = 8 << 20, // most that packed x takes, if one tile fits
+    PASS_ROWS = 256,        // rows of x in a pass,
+    PASS_BYTES = 512 << 10, // or more, while their packed form has this size: half an L2 cache
+    SHARED_BYTES = 4 << 20, // most that shared panels take
+    SHARED_STEPS = 32,      // rows of W that a chunk decodes for backward panels; even
     STACK_BYTES = 8 << 10,  // scratch up to this size is not allocated
     SERIAL_BYTES = 1 << 20, // work (bytes of weights, weighted with rows of x) worth a thread
     DOT_CHUNK_ROWS = 64,    // rows of W per chunk of the dot regime
@@ -36,6 +43,8 @@ typedef struct {
     hb_matrix x, y;
     int64_t steps, outputs;
     const float *bias; // [outputs] or NULL
+    bool y_regular;    // rows of y are y_stride elements apart
+    int64_t y_stride;
 
     int64_t m_begin, m_count; // rows of x in this pass
     int64_t tiles_per_chunk;  // panel regime: tiles of x that one chunk multiplies
@@ -44,7 +53,11 @@ typedef struct {
     unsigned char *packed;   // x of this pass, permuted or in tiles
     int64_t packed_stride;   // bytes from one row (dot) or tile (panel) to the next
     unsigned char *gathered; // x of this pass, contiguous rows, when x has strides
+    unsigned char *shared;   // panels of all outputs, [outputs / tile_cols][steps], or NULL
+    int64_t shared_stride;   // bytes from one of them to the next
+    float *all_scales;       // backward, expanded, not shared: [rows of W][depth / blocksize]
     unsigned char *lanes;
+    int n_lanes;
     int64_t lane_bytes, sums_at, scales_at; // in a lane: panel, sums, scales
 
     _Alignas(64) float codebook[16];
@@ -148,7 +161,12 @@ static void decode_elements(const product *p, int64_t row, int64_t n_rows, int64
 static void store(const product *p, int64_t m, int64_t begin, int64_t n, const float *sums)
 {
     const float *bias = p->bias != NULL ? p->bias + begin : NULL;
-    hb_matrix_finish(&p->context->kernels.linear4, &p->y, m, begin, n, sums, bias);
+    const hb_kernels_linear4 *kernels = &p->context->kernels.linear4;
+    if (p->y_regular)
+        kernels->finish(sums, bias, n, p->y.view->dtype,
+                        hb_matrix_element(&p->y, m * p->y_stride + begin));
+    else
+        hb_matrix_finish(kernels, &p->y, m, begin, n, sums, bias);
 }
 
 // ---- dot regime -------------------------------------------------------------------------------
@@ -201,9 +219,10 @@ static void permute_rows(void *arg, int64_t begin, int64_t end, int lane)
 // ---- panel regime -----------------------------------------------------------------------------
 
 // The panel of outputs [out, out + n_out) and steps [step, step + n_steps). Forward: `scales` holds
-// the expanded scales of these rows, all columns. Backward: it is scratch.
+// the expanded scales of these rows, all columns. Backward: those of rows from `scales_row` on, all
+// columns. Where elements are decoded one by one it is scratch.
 static void decode_panel(const product *p, int64_t out, int64_t n_out, int64_t step,
-                         int64_t n_steps, float *scales, unsigned char *panel)
+                         int64_t n_steps, float *scales, int64_t scales_row, unsigned char *panel)
 {
     if (p->blocksize == 0) {
         if (p->backward)
@@ -211,15 +230,47 @@ static void decode_panel(const product *p, int64_t out, int64_t n_out, int64_t s
         else
             decode_elements(p, out, n_out, step, n_steps, scales, panel);
     } else if (p->backward) {
-        int64_t n_scales = hb_ceil_div(n_out, p->blocksize);
-        for (int64_t r = 0; p->expand && r < n_steps; r++)
-            expand_row_scales(p, step + r, out, n_scales, scales + r * n_scales);
-        hb_matrix4 block = block_of(p, step, out, scales, n_scales, out);
+        int64_t stride = p->outputs / p->blocksize;
+        hb_matrix4 block = block_of(
+            p, step, out, p->expand ? scales + (step - scales_row) * stride : NULL, stride, 0);
         p->set->decode_cols(&block, n_steps, n_out, panel);
     } else {
         hb_matrix4 block = block_of(p, out, step, scales, p->steps / p->blocksize, 0);
         p->set->decode_rows(&block, n_out, n_steps, panel);
     }
+}
+
+static unsigned char *shared_panel(const product *p, int64_t out, int64_t step)
+{
+    const hb_linear4_set *set = p->set;
+    return p->shared + out / set->tile_cols * p->shared_stride +
+           step * set->tile_cols * set->element_bytes;
+}
+
+// Forward: one panel, all steps. Backward: SHARED_STEPS steps of all panels, so that scales and
+// cache lines of a row are used up at once.
+static void decode_shared(const product *p, int64_t chunk, float *scales)
+{
+    const hb_linear4_set *set = p->set;
+    if (p->backward) {
+        int64_t step = chunk * SHARED_STEPS, n_steps = least(SHARED_STEPS, p->steps - step);
+        if (p->expand) expand_scales(p, step, n_steps, scales);
+        for (int64_t out = 0; out < p->outputs; out += set->tile_cols)
+            decode_panel(p, out, least(set->tile_cols, p->outputs - out), step, n_steps, scales,
+                         step, shared_panel(p, out, step));
+        return;
+    }
+    int64_t out = chunk * set->tile_cols, n_out = least(set->tile_cols, p->outputs - out);
+    if (p->expand) expand_scales(p, out, n_out, scales);
+    for (int64_t step = 0; step < p->steps; step += set->panel_steps)
+        decode_panel(p, out, n_out, step, least(set->panel_steps, p->steps - step), scales, 0,
+                     shared_panel(p, out, step));
+}
+
+static int64_t shared_chunks(const product *p)
+{
+    return p->backward ? hb_ceil_div(p->steps, SHARED_STEPS)
+                       : hb_ceil_div(p->outputs, p->set->tile_cols);
 }
 
 static void multiply_panel(const product *p, int64_t out, int64_t tile_begin, int64_t tile_end,
@@ -228,28 +279,33 @@ static void multiply_panel(const product *p, int64_t out, int64_t tile_begin, in
     const hb_linear4_set *set = p->set;
     const int64_t cols = set->tile_cols;
     float *sums = (float *)(scratch + p->sums_at);
-    float *scales = (float *)(scratch + p->scales_at);
+    float *scales = p->all_scales != NULL ? p->all_scales : (float *)(scratch + p->scales_at);
     int64_t n_out = least(cols, p->outputs - out);
     int64_t tile_sums = set->tile_rows * cols;
 
-    if (p->expand && !p->backward && p->blocksize > 0) expand_scales(p, out, n_out, scales);
+    if (p->shared == NULL && p->expand && !p->backward && p->blocksize > 0)
+        expand_scales(p, out, n_out, scales);
     if (p->steps == 0)
         memset(sums, 0, (size_t)((tile_end - tile_begin) * tile_sums) * sizeof(float));
     for (int64_t step = 0; step < p->steps; step += set->panel_steps) {
         int64_t n_steps = least(set->panel_steps, p->steps - step);
-        decode_panel(p, out, n_out, step, n_steps, scales, scratch);
+        const unsigned char *panel = scratch;
+        if (p->shared != NULL)
+            panel = shared_panel(p, out, step);
+        else
+            decode_panel(p, out, n_out, step, n_steps, scales, 0, scratch);
         for (int64_t t = tile_begin; t < tile_end; t++) {
             int n_x = (int)least(set->tile_rows, p->m_count - t * set->tile_rows);
             const unsigned char *packed =
                 p->packed + t * p->packed_stride + step * set->tile_rows * set->element_bytes;
-            set->tile(packed, scratch, n_steps, n_x, step > 0, sums + (t - tile_begin) * tile_sums);
+            set->tile(packed, panel, n_steps, n_x, step > 0, sums + (t - tile_begin) * tile_sums);
         }
     }
     int64_t m_end = least(tile_end * set->tile_rows, p->m_count);
     for (int64_t m = tile_begin * set->tile_rows; m < m_end; m++) {
         const float *row = sums + (m - tile_begin * set->tile_rows) * cols;
         _Alignas(64) float natural[HB_LINEAR4_MAX_TILE_COLS];
-        if (p->backward) {
+        if (p->backward && !set->columns_in_order) {
             for (int64_t c = 0; c < cols; c++) natural[set->column_order[c]] = row[c];
             row = natural;
         }
@@ -261,7 +317,7 @@ static void multiply_panel(const product *p, int64_t out, int64_t tile_begin, in
 static int64_t outputs_per_chunk(const product *p)
 {
     // Backward, two panels share each cache line of W: keep them on one thread.
-    return p->backward ? 2 * p->set->tile_cols : p->set->tile_cols;
+    return p->backward && p->shared == NULL ? 2 * p->set->tile_cols : p->set->tile_cols;
 }
 
 static void panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
@@ -303,6 +359,26 @@ static void pack_tiles(void *arg, int64_t begin, int64_t end, int lane)
     }
 }
 
+// Chunks: first those of the shared panels (they take longest), then the tiles of x.
+static void prepare_shared(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const product *p = arg;
+    float *scales = (float *)(p->lanes + lane * p->lane_bytes + p->scales_at);
+    const int64_t n_decode = p->m_begin == 0 ? shared_chunks(p) : 0;
+    for (int64_t c = begin; c < least(end, n_decode); c++) decode_shared(p, c, scales);
+    if (end > n_decode)
+        pack_tiles(arg, (begin > n_decode ? begin : n_decode) - n_decode, end - n_decode, lane);
+}
+
+// Chunks of SHARED_STEPS rows of W.
+static void expand_all_scales(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const product *p = arg;
+    (void)lane;
+    const int64_t row = begin * SHARED_STEPS, row_end = least(end * SHARED_STEPS, p->steps);
+    expand_scales(p, row, row_end - row, p->all_scales + row * (p->outputs / p->blocksize));
+}
+
 // ---- one call ---------------------------------------------------------------------------------
 
 static void run_chunks(const product *p, bool serial, int64_t n_chunks, hb_chunk_fn fn)
@@ -310,7 +386,7 @@ static void run_chunks(const product *p, bool serial, int64_t n_chunks, hb_chunk
     if (serial || n_chunks <= 1)
         fn((void *)(uintptr_t)p, 0, n_chunks, 0);
     else
-        hb_parallel_for(p->context->pool, n_chunks, fn, (void *)(uintptr_t)p);
+        hb_parallel_for_lanes(p->context->pool, p->n_lanes, n_chunks, fn, (void *)(uintptr_t)p);
 }
 
 // Runs a prepared product: sizes the scratch, then pass by pass brings x into the kernels' layout
@@ -324,7 +400,7 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
 
     const bool use_dot = !p->backward && p->blocksize > 0 && rows <= set->dot_until && p->steps > 0;
     const bool serial = w->numel / 2 * (1 + rows / 2) < SERIAL_BYTES;
-    const int n_lanes = serial ? 1 : hb_pool_threads(p->context->pool);
+    const int n_lanes = p->n_lanes = serial ? 1 : hb_pool_threads(p->context->pool);
     // A unit is what is packed together: a row (dot) or a tile of rows.
     const int64_t unit = use_dot ? 1 : set->tile_rows;
     p->packed_stride = unit * set->element_bytes *
@@ -334,20 +410,32 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
     if (!use_dot && p->packed_stride > 0)
         pass_units =
             least(pass_units, PACKED_BYTES / p->packed_stride + (PACKED_BYTES < p->packed_stride));
-    if (!use_dot) pass_units = least(pass_units, 256 / unit);
+    if (!use_dot && p->packed_stride > 0) {
+        int64_t most = PASS_BYTES / p->packed_stride;
+        pass_units = least(pass_units, most > PASS_ROWS / unit ? most : PASS_ROWS / unit);
+    }
     const int64_t pass_rows = least(pass_units * unit, rows);
 
     int64_t stride;
     const bool gather = !hb_matrix_rows_are_regular(&p->x, 0, rows, &stride);
-    const int64_t group = use_dot ? DOT_CHUNK_ROWS : outputs_per_chunk(p);
-    const int64_t n_groups = hb_ceil_div(p->outputs, group);
+    p->y_regular = hb_matrix_rows_are_regular(&p->y, 0, rows, &p->y_stride);
     const int64_t tiles = hb_ceil_div(pass_rows, set->tile_rows);
+    const int64_t panels = hb_ceil_div(p->outputs, set->tile_cols);
     // Few outputs: split the rows of x too, into at least 4 chunks a lane if they are there.
+    const bool few_outputs =
+        !serial && tiles > 1 && hb_ceil_div(p->outputs, outputs_per_chunk(p)) < 4 * n_lanes;
+    p->shared_stride = round_up(p->steps, set->pair) * set->tile_cols * set->element_bytes;
+    const bool share =
+        !use_dot && p->blocksize > 0 && few_outputs && p->shared_stride <= SHARED_BYTES / panels;
+    const int64_t shared_bytes = share ? panels * p->shared_stride : 0;
+    const int64_t group = use_dot ? DOT_CHUNK_ROWS : share ? set->tile_cols : outputs_per_chunk(p);
+    const int64_t n_groups = hb_ceil_div(p->outputs, group);
     p->m_chunks = use_dot ? 1 : least(tiles, hb_ceil_div(serial ? 1 : 4 * n_lanes, n_groups));
     p->tiles_per_chunk = hb_ceil_div(tiles, p->m_chunks);
     p->m_chunks = hb_ceil_div(tiles, p->tiles_per_chunk);
 
-    // Scratch: packed x, gathered x, bias, then per lane panel, sums, scales.
+    // Scratch: packed x, shared panels, gathered x, bias, all scales, then per lane panel, sums,
+    // scales.
     int64_t packed_bytes = pass_units * p->packed_stride;
     int64_t gathered_bytes = gather ? round_up(pass_rows * p->steps * item, 64) : 0;
     bool copy_bias =
@@ -357,16 +445,20 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
     int64_t n_scales = 0;
     if (p->blocksize == 0)
         n_scales = set->panel_steps / MIN_BLOCKSIZE + 2;
-    else if (p->expand)
-        n_scales = use_dot       ? DOT_SCALE_ROWS * row_scales
-                   : p->backward ? set->panel_steps * (set->tile_cols / MIN_BLOCKSIZE + 1)
-                                 : set->tile_cols * row_scales;
+    else if (p->expand && !p->backward)
+        n_scales = (use_dot ? DOT_SCALE_ROWS : set->tile_cols) * row_scales;
+    else if (p->expand && share)
+        n_scales = SHARED_STEPS * (p->outputs / p->blocksize);
+    const bool all_scales = p->expand && p->backward && p->blocksize > 0 && !share;
+    const int64_t all_scales_bytes =
+        all_scales ? round_up(p->steps * (p->outputs / p->blocksize) * 4, 64) : 0;
     p->sums_at = use_dot ? 0 : (int64_t)set->panel_steps * set->tile_cols * set->element_bytes;
     p->scales_at = p->sums_at + (use_dot ? set->dot_rows * DOT_CHUNK_ROWS
                                          : p->tiles_per_chunk * set->tile_rows * set->tile_cols) *
                                     4;
     p->lane_bytes = round_up(p->scales_at + n_scales * 4, 64);
-    int64_t total = packed_bytes + gathered_bytes + bias_bytes + n_lanes * p->lane_bytes;
+    int64_t total = packed_bytes + shared_bytes + gathered_bytes + bias_bytes + all_scales_bytes +
+                    n_lanes * p->lane_bytes;
 
     _Alignas(64) unsigned char stack[STACK_BYTES];
     unsigned char *allocated = NULL, *scratch = stack;
@@ -377,15 +469,28 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
         scratch = allocated + (64 - (uintptr_t)allocated % 64) % 64;
     }
     p->packed = scratch;
-    p->gathered = gather ? scratch + packed_bytes : NULL;
-    float *bias_f32 = (float *)(scratch + packed_bytes + gathered_bytes);
-    p->lanes = scratch + packed_bytes + gathered_bytes + bias_bytes;
+    scratch += packed_bytes;
+    p->shared = share ? scratch : NULL;
+    scratch += shared_bytes;
+    p->gathered = gather ? scratch : NULL;
+    scratch += gathered_bytes;
+    float *bias_f32 = (float *)scratch;
+    scratch += bias_bytes;
+    p->all_scales = all_scales ? (float *)scratch : NULL;
+    p->lanes = scratch + all_scales_bytes;
     if (bias != NULL) p->bias = copy_bias ? bias_f32 : bias->data;
     for (int64_t i = 0; copy_bias && i < p->outputs; i++)
         bias_f32[i] = hb_load_f32(bias->data, i * bias->stride[0], bias->dtype);
 
+    if (all_scales) run_chunks(p, serial, hb_ceil_div(p->steps, SHARED_STEPS), expand_all_scales);
     for (p->m_begin = 0; p->m_begin < rows; p->m_begin += pass_rows) {
         p->m_count = least(pass_rows, rows - p->m_begin);
+        if (share) {
+            int64_t n_decode = p->m_begin == 0 ? shared_chunks(p) : 0;
+            run_chunks(p, false, n_decode + hb_ceil_div(p->m_count, unit), prepare_shared);
+            run_chunks(p, false, n_groups * p->m_chunks, panel_chunks);
+            continue;
+        }
         bool small = serial || p->m_count * p->steps < (1 << 16);
         run_chunks(p, small, hb_ceil_div(p->m_count, unit), use_dot ? permute_rows : pack_tiles);
         run_chunks(p, serial, n_groups * p->m_chunks, use_dot ? dot_chunks : panel_chunks);

@@ -53,6 +53,7 @@ typedef struct {
     unsigned char *outliers; // x of those columns in tiles
     int64_t outliers_stride;
     unsigned char *lanes;
+    int n_lanes;
     int64_t lane_bytes, row_at, codes_at, sums_at, extra_at;
 } product;
 
@@ -79,7 +80,7 @@ static int lanes_of(const product *p)
 
 static void run(product *p, bool serial, int64_t n_chunks, hb_chunk_fn fn)
 {
-    hb_parallel_for(serial ? NULL : p->pool, n_chunks, fn, p);
+    hb_parallel_for_lanes(serial ? NULL : p->pool, p->n_lanes, n_chunks, fn, p);
 }
 
 // Chunks of `unit`-multiples of rows of x, so that there are at least four per lane where possible.
@@ -296,7 +297,7 @@ static hb_status run_int8(product *p, const char *function, hb_error *error)
 {
     const hb_kernels_linear8 *k = &p->kernels->linear8;
     const hb_linear4_set *set = &p->kernels->linear4.f32;
-    const int n_lanes = lanes_of(p);
+    const int n_lanes = p->n_lanes = lanes_of(p);
     const bool serial = n_lanes == 1;
     const bool few = p->x_rows * p->depth < 1 << 16;
     const bool has_threshold = p->threshold == p->threshold;
@@ -489,7 +490,7 @@ static void panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
 static hb_status run_panels(product *p, const char *function, hb_error *error)
 {
     const hb_linear4_set *set = &p->kernels->linear4.f32;
-    const int n_lanes = lanes_of(p);
+    const int n_lanes = p->n_lanes = lanes_of(p);
     const int64_t item = (int64_t)hb_dtype_bytes(p->x.view->dtype), all_rows = p->x_rows;
     const int64_t pass_rows = least(PASS_ROWS / set->tile_rows * set->tile_rows, all_rows);
     p->prepared_stride =

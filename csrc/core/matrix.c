@@ -28,11 +28,24 @@ unsigned char *hb_matrix_element(const hb_matrix *m, int64_t offset)
     return (unsigned char *)m->view->data + offset * (int64_t)hb_dtype_bytes(m->view->dtype);
 }
 
+// Whether the dimensions before the last are those of one contiguous dimension, cut up.
+static bool rows_are_one_dimension(const hb_view *view)
+{
+    int inner = view->ndim - 2;
+    for (int d = inner - 1; d >= 0; d--) {
+        if (view->shape[d] == 1) continue;
+        if (view->shape[inner] != 1 && view->stride[d] != view->shape[inner] * view->stride[inner])
+            return false;
+        inner = d;
+    }
+    return true;
+}
+
 bool hb_matrix_rows_are_regular(const hb_matrix *m, int64_t begin, int64_t n, int64_t *stride)
 {
     *stride = n > 1 ? hb_matrix_row_offset(m, begin + 1) - hb_matrix_row_offset(m, begin) : m->cols;
     if (m->col_stride != 1) return false;
-    if (m->view->ndim <= 2) return true;
+    if (m->view->ndim <= 2 || rows_are_one_dimension(m->view)) return true;
     for (int64_t i = 2; i < n; i++)
         if (hb_matrix_row_offset(m, begin + i) - hb_matrix_row_offset(m, begin + i - 1) != *stride)
             return false;

@@ -267,9 +267,12 @@ static void hb_linear4_decode_cols_bf16_avx512bf16(const hb_matrix4 *w, int64_t 
     const __mmask16 present = first_lanes(n_cols / 4);
     const bool two_blocks = w->blocksize == 32 && n_cols > 32;
     const __m512i low_nibbles = _mm512_set1_epi16(15);
-    __m512i table_bits = _mm512_set1_epi32(0x00100000);
-    table_bits =
-        _mm512_mask_or_epi32(table_bits, 0xff00, table_bits, _mm512_set1_epi32(0x00200020));
+    // Column 16 v + i of the panel is nibble i % 4 (the even one of a byte is the high one) of word
+    // 4 v + i / 4.
+    const __m512i quarter = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i shift = _mm512_setr_epi32(4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8);
+    const __m512i second_row = _mm512_set1_epi32(0x00100000);
+    const __m512i second_block = _mm512_set1_epi32(0x00300020);
     for (int64_t r = 0; r < n_rows; r += 2) {
         const bool pair = r + 1 < n_rows;
         const uint8_t *row = w->packed + r * w->row_bytes;
@@ -286,10 +289,14 @@ static void hb_linear4_decode_cols_bf16_avx512bf16(const hb_matrix4 *w, int64_t 
             table[b] = bf16_words(high, low);
         }
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            __m512i index = _mm512_srli_epi16(words, (unsigned)(4 * j));
-            index = _mm512_ternarylogic_epi32(index, low_nibbles, table_bits, 0xea); // (a & b) | c
-            _mm512_store_si512((uint16_t *)panel + r * TILE_COLS + j * 32,
+        for (int v = 0; v < 4; v++) {
+            __m512i own = _mm512_permutexvar_epi32(
+                _mm512_add_epi32(quarter, _mm512_set1_epi32(4 * v)), words);
+            // Bits of the second row that come into the first row's half are masked out.
+            __m512i index = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(own, shift), low_nibbles,
+                                                      v < 2 ? second_row : second_block,
+                                                      0xea); // (a & b) | c
+            _mm512_store_si512((uint16_t *)panel + r * TILE_COLS + v * 32,
                                _mm512_permutex2var_epi16(table[0], index, table[1]));
         }
     }
@@ -348,6 +355,7 @@ void hb_linear4_table_avx512bf16(hb_kernels_linear4 *kernels)
         .panel_steps = PANEL_STEPS,
         .pair = 2,
         .element_bytes = sizeof(uint16_t),
+        .columns_in_order = true,
         .permute_x = hb_linear4_permute_x_bf16_avx512bf16,
         .dot = hb_linear4_dot_bf16_avx512bf16,
         .pack_x = hb_linear4_pack_x_bf16_avx512bf16,
@@ -355,7 +363,6 @@ void hb_linear4_table_avx512bf16(hb_kernels_linear4 *kernels)
         .decode_cols = hb_linear4_decode_cols_bf16_avx512bf16,
         .tile = hb_linear4_tile_bf16_avx512bf16,
     };
-    for (int c = 0; c < TILE_COLS; c++)
-        set.column_order[c] = (uint8_t)(4 * (c % LANES) + (c / LANES ^ 1));
+    for (int c = 0; c < TILE_COLS; c++) set.column_order[c] = (uint8_t)c;
     kernels->bf16 = set;
 }

@@ -130,5 +130,6 @@ void hb_linear4_table_ref(hb_kernels_linear4 *kernels)
     kernels->bf16 = HB_LINEAR4_SET(bf16, ref);
     for (int c = 0; c < HB_LINEAR4_MAX_TILE_COLS; c++)
         kernels->bf16.column_order[c] = kernels->f32.column_order[c] = (uint8_t)c;
+    kernels->bf16.columns_in_order = kernels->f32.columns_in_order = true;
     kernels->finish = hb_linear4_finish_ref;
 }
