@@ -69,6 +69,8 @@ TABLE: tuple[Entry, ...] = (
 
 # "fused" or "dense" overrules the table, for tests and measurements.
 forced: str | None = os.environ.get("HALFBYTE_CUDA_PATH") or None
+if forced not in (None, "fused", "dense"):
+    raise ValueError(f"HALFBYTE_CUDA_PATH must be 'fused' or 'dense', got {forced!r}")
 
 
 def most_rows(operator: str, capability: tuple[int, int], dtype: torch.dtype) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import test_torch_grouped as cpu
 import torch
-from common import CUDA, UNIT
+from torch_side import CUDA, UNIT
 
 from halfbyte.torch.nn.experts import QuantizedExperts, grouped_linear
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from common import CUDA, FLOATS, assert_product, tensor
+from torch_side import CUDA, FLOATS, assert_product, tensor
 
 import halfbyte.bitsandbytes as bnb
 from halfbyte.torch import functional as F

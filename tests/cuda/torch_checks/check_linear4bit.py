@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from common import CUDA, FLOATS, UNIT, assert_product, tensor
+from torch_side import CUDA, FLOATS, UNIT, assert_product, tensor
 
 from halfbyte import _C
 from halfbyte.torch import cuda_table

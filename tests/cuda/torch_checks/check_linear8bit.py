@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from common import CUDA, FLOATS, UNIT, assert_product, tensor
+from torch_side import CUDA, FLOATS, UNIT, assert_product, tensor
 
 from halfbyte.torch import cuda_table
 from halfbyte.torch import functional as F

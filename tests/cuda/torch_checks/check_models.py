@@ -8,7 +8,7 @@ halfbyte.install()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from common import CUDA  # noqa: E402
+from torch_side import CUDA  # noqa: E402
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from common import CUDA, tensor
+from torch_side import CUDA, tensor
 
 from halfbyte import _C
 from halfbyte.torch import functional as F

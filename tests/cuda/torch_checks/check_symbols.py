@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from common import CUDA, assert_product, tensor
+from torch_side import CUDA, assert_product, tensor
 
 from halfbyte.torch import functional as F
 
