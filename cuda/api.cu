@@ -170,7 +170,7 @@ const hb_cuda_api api = {
     hb_cuda_nest4_workspace,
     nest4,
     dequantize4,
-    hb_cuda_linear4_wgmma_workspace, // linear4_workspace
+    hb_cuda_linear4_workspace,
     linear4,
     gather4,
     quantize8,

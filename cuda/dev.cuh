@@ -16,10 +16,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define HB_KERNEL(threads) __global__ void __launch_bounds__(threads)
-#define HB_DEVICE          static __device__ __forceinline__
-#define HB_CONSTANT        static __constant__
-#define HB_ARGS            const __grid_constant__
+#define HB_KERNEL(threads)                  __global__ void __launch_bounds__(threads)
+// The same for a kernel of which `blocks` should fit on a multiprocessor: limits its registers.
+#define HB_KERNEL_RESIDENT(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define HB_DEVICE                           static __device__ __forceinline__
+#define HB_CONSTANT                         static __constant__
+#define HB_ARGS                             const __grid_constant__
 
 HB_DEVICE int thread_index()
 {
@@ -28,6 +30,11 @@ HB_DEVICE int thread_index()
 HB_DEVICE int64_t block_index()
 {
     return blockIdx.x;
+}
+// Blocks of this launch.
+HB_DEVICE int64_t grid_blocks()
+{
+    return gridDim.x;
 }
 HB_DEVICE int lane_index()
 {
@@ -75,6 +82,15 @@ template <typename T> HB_DEVICE T shared_load(const T *p)
 template <typename T> HB_DEVICE void shared_store(T *p, T value)
 {
     *p = value;
+}
+// The same by 32-bit addresses: arithmetic on them is cheaper than on pointers.
+HB_DEVICE uint32_t shared_address(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+template <typename T> HB_DEVICE T shared_load_at(uint32_t address)
+{
+    return *(const T *)__cvta_shared_to_generic(address);
 }
 
 // Global memory. load: read-only data, cached; load_once: data that this kernel reads only once;
@@ -189,6 +205,13 @@ HB_DEVICE float bits_float(uint32_t x)
 HB_DEVICE int count_leading_zeros(uint32_t x)
 {
     return __clz((int)x);
+}
+// x * factor + term modulo 2^32, in the multiplier where the logic unit is the busier one.
+HB_DEVICE uint32_t multiply_add(uint32_t x, uint32_t factor, uint32_t term)
+{
+    uint32_t result;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(factor), "r"(term));
+    return result;
 }
 // The upper 32 bits of a * b.
 HB_DEVICE uint32_t mul_high(uint32_t a, uint32_t b)
@@ -327,6 +350,12 @@ enum { HB_MAX_BLOCKS = 2147483647, HB_TOO_MANY_BLOCKS = cudaErrorInvalidConfigur
 // ---- built from the above: the same on both -----------------------------------------------------
 
 enum { HB_LANES = 32 };
+
+// Byte i (0 the lowest) of a word.
+HB_DEVICE uint32_t byte_of(uint32_t word, int i)
+{
+    return merge_bytes(word, 0, 0x4440 + (uint32_t)i);
+}
 
 HB_DEVICE uint32_t max_u32(uint32_t a, uint32_t b)
 {

@@ -15,10 +15,16 @@ int hb_cuda_launch_quantize4(const hb_cuda_queue *queue, const hb_cuda_quantize4
 int64_t hb_cuda_nest4_workspace(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
 int hb_cuda_launch_nest4(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
 int hb_cuda_launch_dequantize4(const hb_cuda_queue *queue, const hb_cuda_dequantize4 *args);
-// linear4 chooses between the two kernels; mma_fits says whether the tensor-core one can.
+// linear4 (linear4.cu) chooses among the kernels below it. Of each: whether it can do the product;
+// how many blocks share the steps of an output, more than 1 only with a workspace; its launch.
 int hb_cuda_launch_linear4(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int64_t hb_cuda_linear4_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 bool hb_cuda_linear4_mma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int64_t hb_cuda_linear4_mma_splits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int hb_cuda_launch_linear4_mma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+bool hb_cuda_linear4_simt_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int64_t hb_cuda_linear4_simt_splits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int hb_cuda_launch_linear4_simt(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 // The sm_90a kernel (linear4_wgmma.cu); without its workspace it does not split the summation.
 bool hb_cuda_linear4_wgmma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int64_t hb_cuda_linear4_wgmma_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);

@@ -58,14 +58,18 @@ template <int IO> int launch(const hb_cuda_queue *queue, const hb_cuda_linear4 &
 
 } // namespace
 
-int hb_cuda_launch_linear4(const hb_cuda_queue *queue, const hb_cuda_linear4 *args)
+bool hb_cuda_linear4_simt_fits(const hb_cuda_queue *, const hb_cuda_linear4 *a)
 {
-    if (args->m == 0 || args->rows == 0) return 0;
-    if (args->path == HB_CUDA_WGMMA) return hb_cuda_launch_linear4_wgmma(queue, args);
-    if (args->transposed || args->offsets != nullptr) return HB_CUDA_INVALID;
-    const bool mma = hb_cuda_linear4_mma_fits(queue, args);
-    if (args->path == HB_CUDA_MMA && !mma) return HB_CUDA_INVALID;
-    if (mma && args->path != HB_CUDA_SIMT) return hb_cuda_launch_linear4_mma(queue, args);
+    return !a->transposed && a->offsets == nullptr;
+}
+
+int64_t hb_cuda_linear4_simt_splits(const hb_cuda_queue *, const hb_cuda_linear4 *)
+{
+    return 1;
+}
+
+int hb_cuda_launch_linear4_simt(const hb_cuda_queue *queue, const hb_cuda_linear4 *args)
+{
     switch (args->io_dtype) {
     case HB_F32: return launch<HB_F32>(queue, *args);
     case HB_BF16: return launch<HB_BF16>(queue, *args);

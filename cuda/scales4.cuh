@@ -46,14 +46,14 @@ HB_DEVICE float scale_of(const hb_cuda_scales4 &s, const float *map, float offse
     return add_rn(mul_rn(centred, outer), offset);
 }
 
-// bias[row] of a linear layer, or 0.
-HB_DEVICE float bias_of(const hb_cuda_linear4 &a, int64_t row)
+// Element i of a linear layer's bias, or 0.
+HB_DEVICE float bias_of(const hb_cuda_linear4 &a, int64_t i)
 {
     if (a.bias == nullptr) return 0.0f;
     switch (a.bias_dtype) {
-    case 0: return load_float<0>(a.bias, row);
-    case 1: return load_float<1>(a.bias, row);
-    default: return load_float<2>(a.bias, row);
+    case 0: return load_float<0>(a.bias, i);
+    case 1: return load_float<1>(a.bias, i);
+    default: return load_float<2>(a.bias, i);
     }
 }
 

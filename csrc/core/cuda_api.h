@@ -110,11 +110,13 @@ typedef struct {
 
 // hb_linear_4bit: y [m, rows] = x [m, depth] W^T + bias; transposed (hb_linear_4bit_grad_input):
 // y [m, depth] = x [m, rows] W, no bias. float32 x: exact float32 products. bfloat16 and float16 x:
-// codebook entries (transposed: weights) rounded to that dtype, float32 sums and scales.
+// codebook entries (transposed: weights) rounded to that dtype where tensor cores take them and
+// float32 elsewhere; float32 sums and scales.
 //
-// With `offsets` the weight is a stack [experts, rows, depth], quantized as one tensor, and row r
-// of x meets the expert e with offsets[e - 1] <= r < offsets[e], offsets[-1] = 0; rows from the
-// last offset on become 0. Offsets ascend from 0 to at most m; others are taken as if they did.
+// With `offsets` the weight is a stack [experts, rows, depth], quantized as one tensor, the bias
+// [experts, rows], and row r of x meets the expert e with offsets[e - 1] <= r < offsets[e],
+// offsets[-1] = 0; rows from the last offset on become 0. Offsets ascend from 0 to at most m;
+// others are taken as if they did.
 enum {
     HB_CUDA_AUTO = 0,
     HB_CUDA_SIMT = 1,
@@ -132,7 +134,7 @@ typedef struct {
     const void *offsets; // [experts] or NULL
     void *workspace;
     int32_t io_dtype, bias_dtype, format;
-    int32_t offsets_dtype; // int32 or int64
+    int32_t offsets_dtype; // HB_I32 or HB_I64
     int32_t transposed;
     int32_t path; // HB_CUDA_AUTO, or which kernel: cudaErrorInvalidValue where it cannot do it
     int64_t blocksize, m, rows, depth, experts;

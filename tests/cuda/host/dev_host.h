@@ -22,10 +22,11 @@
 
 #include "core/dtype.h"
 
-#define HB_KERNEL(threads) static void
-#define HB_DEVICE          static inline
-#define HB_CONSTANT        static const
-#define HB_ARGS            const
+#define HB_KERNEL(threads)                  static void
+#define HB_KERNEL_RESIDENT(threads, blocks) static void
+#define HB_DEVICE                           static inline
+#define HB_CONSTANT                         static const
+#define HB_ARGS                             const
 
 struct uint2 {
     uint32_t x, y;
@@ -49,6 +50,7 @@ void check_mark(const void *p); // a byte that any thread may set to the same va
 int fill(void *p, int value, int64_t bytes);
 void check_shared(const void *p, size_t bytes, access kind);
 unsigned char *shared_base();
+int64_t grid_blocks();
 void block_barrier();
 void warp_barrier();
 // Every lane of the warp gives a value and gets that of lane `source` (0..31).
@@ -71,6 +73,10 @@ static inline int thread_index()
 static inline int64_t block_index()
 {
     return hb_host::self->block;
+}
+static inline int64_t grid_blocks()
+{
+    return hb_host::grid_blocks();
 }
 static inline int lane_index()
 {
@@ -119,6 +125,15 @@ template <typename T> void shared_store(T *p, T value)
 {
     hb_host::check_shared(p, sizeof *p, hb_host::access::write);
     *p = value;
+}
+// As on the GPU, address 0 is not where a block's memory begins.
+static inline uint32_t shared_address(const void *p)
+{
+    return (uint32_t)((const unsigned char *)p - hb_host::shared_base()) + 1024;
+}
+template <typename T> T shared_load_at(uint32_t address)
+{
+    return shared_load((const T *)(hb_host::shared_base() + (address - 1024)));
 }
 template <typename T> T load(const T *p)
 {
@@ -221,6 +236,10 @@ static inline uint32_t merge_bytes(uint32_t low, uint32_t high, uint32_t selecto
     for (int i = 0; i < 4; i++)
         merged |= (uint32_t)(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
     return merged;
+}
+static inline uint32_t multiply_add(uint32_t x, uint32_t factor, uint32_t term)
+{
+    return x * factor + term;
 }
 static inline float bf16_to_float(uint16_t x)
 {

@@ -103,6 +103,7 @@ jmp_buf scheduler;
 std::vector<unsigned char> shared_bytes;
 unsigned char *shared_start;
 size_t shared_size;
+int64_t launched_blocks;
 
 [[noreturn]] void leave()
 {
@@ -384,6 +385,11 @@ void mma_int8(int32_t *d, const uint32_t *a, const uint32_t *b)
     std::memcpy(d, bits, sizeof bits);
 }
 
+int64_t grid_blocks()
+{
+    return launched_blocks;
+}
+
 unsigned char *shared_base()
 {
     return shared_start;
@@ -543,6 +549,7 @@ int launch(const std::function<void()> &kernel, int64_t blocks, int threads, siz
     shared_start = (unsigned char *)(((uintptr_t)shared_bytes.data() + 15) & ~(uintptr_t)15);
     shared_size = bytes;
     block_threads = threads;
+    launched_blocks = blocks;
     body = &kernel;
     fibers.resize((size_t)threads);
     for (int64_t block : in_order(blocks)) {
