@@ -92,6 +92,10 @@ template <typename T> HB_DEVICE T shared_load_at(uint32_t address)
 {
     return *(const T *)__cvta_shared_to_generic(address);
 }
+template <typename T> HB_DEVICE void shared_store_at(uint32_t address, T value)
+{
+    *(T *)__cvta_shared_to_generic(address) = value;
+}
 
 // Global memory. load: read-only data, cached; load_once: data that this kernel reads only once;
 // store: written once. T is a scalar or uint2/uint4 (8- and 16-byte accesses, aligned so).
@@ -152,6 +156,11 @@ HB_DEVICE void async_copy(void *shared, const void *source, int source_bytes = B
         target[i] = word;
     }
 #endif
+}
+template <int BYTES>
+HB_DEVICE void async_copy_at(uint32_t shared, const void *source, int source_bytes = BYTES)
+{
+    async_copy<BYTES>(__cvta_shared_to_generic(shared), source, source_bytes);
 }
 HB_DEVICE void async_commit()
 {

@@ -53,10 +53,6 @@ HB_DEVICE constexpr uint64_t operand_bits(uint32_t address, uint32_t leading, ui
 // A matrix in global memory with the box that one copy moves; an argument of the kernel.
 typedef CUtensorMap tensor_map;
 
-HB_DEVICE uint32_t shared_address(const void *p)
-{
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
 
 // Barriers in shared memory, 8-byte aligned. Each phase ends when `count` threads have arrived and
 // the bytes that they announced have come; wait returns when the phase of this parity has ended

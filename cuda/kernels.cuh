@@ -15,17 +15,20 @@ int hb_cuda_launch_quantize4(const hb_cuda_queue *queue, const hb_cuda_quantize4
 int64_t hb_cuda_nest4_workspace(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
 int hb_cuda_launch_nest4(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
 int hb_cuda_launch_dequantize4(const hb_cuda_queue *queue, const hb_cuda_dequantize4 *args);
-// linear4 (linear4.cu) chooses among the kernels below it. Of each: whether it can do the product;
-// how many blocks share the steps of an output, more than 1 only with a workspace; its launch.
+// linear4 (linear4.cu) chooses among the four kernels below it. Of each: whether it can do the
+// product; the bytes of workspace with which several blocks share the steps of an output, 0 where
+// that would not help; its launch, which without workspace leaves an output to one block.
 int hb_cuda_launch_linear4(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int64_t hb_cuda_linear4_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
-bool hb_cuda_linear4_mma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
-int64_t hb_cuda_linear4_mma_splits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
-int hb_cuda_launch_linear4_mma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 bool hb_cuda_linear4_simt_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
-int64_t hb_cuda_linear4_simt_splits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int64_t hb_cuda_linear4_simt_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int hb_cuda_launch_linear4_simt(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
-// The sm_90a kernel (linear4_wgmma.cu); without its workspace it does not split the summation.
+bool hb_cuda_linear4_mma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int64_t hb_cuda_linear4_mma_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int hb_cuda_launch_linear4_mma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+bool hb_cuda_linear4_tile_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int64_t hb_cuda_linear4_tile_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
+int hb_cuda_launch_linear4_tile(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 bool hb_cuda_linear4_wgmma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int64_t hb_cuda_linear4_wgmma_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);
 int hb_cuda_launch_linear4_wgmma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args);

@@ -41,12 +41,13 @@ static inline int64_t linear4_columns(const hb_cuda_linear4 &a, int64_t size)
 }
 
 // The job for kernels that make `tile` outputs and `column` rows of x in a block. `splits` as from
-// linear4_splits.
+// linear4_splits; 1 without a workspace.
 static inline linear4_job linear4_job_of(const hb_cuda_linear4 &a, int64_t tile, int64_t column,
                                          int64_t splits)
 {
     const int64_t nested = a.scales.nested_blocksize;
     linear4_job job = {};
+    if (a.workspace == nullptr) splits = 1;
     job.a = a;
     job.partial = splits > 1 ? (float *)a.workspace : nullptr;
     job.outputs = linear4_outputs(a);
@@ -70,6 +71,15 @@ static inline int64_t linear4_splits(const hb_cuda_queue *queue, int64_t blocks,
     const int64_t splits = wanted < most ? wanted : most;
     return splits > 1 ? splits : 1;
 }
+
+// Bytes of the partial sums.
+static inline int64_t linear4_partial_bytes(const hb_cuda_linear4 &a, int64_t splits)
+{
+    return splits > 1 ? splits * a.m * linear4_outputs(a) * (int64_t)sizeof(float) : 0;
+}
+
+// Adds the partial sums of a job into y, if there are any; the launch's status (linear4.cu).
+int linear4_add_partial(const hb_cuda_queue *queue, const linear4_job &job);
 
 // ---- on the device ------------------------------------------------------------------------------
 

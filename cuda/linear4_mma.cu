@@ -4,11 +4,8 @@
 //
 // The weights are the 16-row operand: a warp holds 16 rows of W and 64 consecutive k ("a chunk"),
 // lane (g, t) 8 bytes of row g and 8 of row g + 8. The order of k inside a chunk is free as long as
-// x has the same one, so each byte becomes a fragment register by one look-up:
-//
-//   pair[byte] = (value[byte >> 4], value[byte & 15]) in two 16-bit floats, 32 copies, one a bank
-//
-// and the products of one scale are summed by mma alone, then scaled in float32:
+// x has the same one, so each byte becomes a fragment register by one look-up (pair_table.cuh), and
+// the products of one scale are summed by mma alone, then scaled in float32:
 //
 //   coarse  depth a multiple of 64, blocks of 64 or more: a chunk has one scale. Lane t has
 //           k = 16t .. 16t + 15, in one load
@@ -25,6 +22,7 @@
 // byte of two weights one to cut it out, one for the address, one look-up; for 32 bytes of a lane
 // four mma, four multiply-adds, six loads and twelve for addresses. See tests/cuda/gates.toml.
 #include "linear4.cuh"
+#include "pair_table.cuh"
 
 namespace
 {
@@ -36,22 +34,10 @@ enum {
     COLUMNS = 8, // rows of x a block
     CHUNK = 64,
     RESIDENT = 2, // blocks a multiprocessor
-    PAIR_BYTES = 256 * HB_LANES * 4,
     SUM_BYTES = 2 * WARPS * ROWS * COLUMNS * 4,
     // Chunks worth a block of its own: below, a second kernel costs more than it spares.
     SPLIT_CHUNKS = 64
 };
-
-// 256 entries of 32 copies: entry e, copy l at word e * 32 + l, so that lane l reads bank l.
-template <int IO> HB_DEVICE void pair_table_fill(uint32_t *pair, int format)
-{
-    for (int i = thread_index(); i < 256 * HB_LANES / 4; i += THREADS) {
-        const int entry = i / (HB_LANES / 4);
-        const uint32_t bits =
-            pack<IO>(codebooks[format].value[entry >> 4], codebooks[format].value[entry & 15]);
-        shared_store((uint4 *)pair + i, uint4{bits, bits, bits, bits});
-    }
-}
 
 // Chunks of a warp under way: what fits into 128 registers.
 template <bool FINE, bool NESTED> struct ahead {
@@ -167,11 +153,8 @@ HB_DEVICE void chunk_add(uint32_t pair, const float *map, float offset, const ch
         for (int step = 0; step < 2; step++) { // two bytes of each row, four k of each lane
             uint32_t fragment[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int byte = 2 * step + i / 2;
-                const uint32_t entry = byte_of(c.codes[i % 2][half], byte);
-                fragment[i] = shared_load_at<uint32_t>(multiply_add(entry, HB_LANES * 4, pair));
-            }
+            for (int i = 0; i < 4; i++)
+                fragment[i] = pair_at(pair, c.codes[i % 2][half], 2 * step + i / 2);
             mma_16x8x16<IO>(part, fragment, x + 2 * step);
         }
         if (FINE || half == 1) {
@@ -192,8 +175,8 @@ linear4_mma_kernel(HB_ARGS linear4_job job)
     constexpr int AHEAD = ahead<FINE, NESTED>::CHUNKS, TURN = AHEAD * WARPS;
     const hb_cuda_linear4 &a = job.a;
     const uint32_t pair = shared_address(shared_memory()) + 4 * (uint32_t)lane_index();
-    float *sums = (float *)(shared_memory() + PAIR_BYTES); // [2][WARPS][ROWS][COLUMNS]
-    float *map = (float *)(shared_memory() + PAIR_BYTES + SUM_BYTES);
+    float *sums = (float *)(shared_memory() + PAIR_TABLE_BYTES); // [2][WARPS][ROWS][COLUMNS]
+    float *map = (float *)(shared_memory() + PAIR_TABLE_BYTES + SUM_BYTES);
     const int64_t items = job.tiles * job.columns * job.splits;
     const int g = lane_index() / 4, t = lane_index() % 4;
 
@@ -208,7 +191,7 @@ linear4_mma_kernel(HB_ARGS linear4_job job)
     for (int i = 0; i < AHEAD; i++)
         if (s.chunk + i * WARPS < s.end) chunk_load<FINE, NESTED>(job, s, i, data + i);
 
-    pair_table_fill<IO>((uint32_t *)shared_memory(), a.format);
+    pair_table_fill<IO, THREADS>(shared_memory(), a.format);
     scale_map_fill(a.scales, map);
     const float offset = scale_offset(a.scales);
     block_sync();
@@ -279,9 +262,10 @@ int launch(const hb_cuda_queue *queue, const hb_cuda_linear4 &a)
     const int64_t items = job.tiles * job.columns * job.splits;
     int64_t most = (int64_t)RESIDENT * hb_cuda_device_multiprocessors(queue->device);
     const int64_t blocks = a.offsets == nullptr && most >= 1 && items > most ? most : items;
-    const int shared_bytes = PAIR_BYTES + SUM_BYTES + scale_map_bytes(a.scales);
-    return HB_LAUNCH((linear4_mma_kernel<IO, FINE, NESTED>), blocks, THREADS, shared_bytes,
-                     queue->stream, job);
+    const int shared_bytes = PAIR_TABLE_BYTES + SUM_BYTES + scale_map_bytes(a.scales);
+    const int status = HB_LAUNCH((linear4_mma_kernel<IO, FINE, NESTED>), blocks, THREADS,
+                                 shared_bytes, queue->stream, job);
+    return status != 0 ? status : linear4_add_partial(queue, job);
 }
 
 template <int IO, bool FINE> int launch(const hb_cuda_queue *queue, const hb_cuda_linear4 &a)
@@ -312,9 +296,9 @@ bool hb_cuda_linear4_mma_fits(const hb_cuda_queue *queue, const hb_cuda_linear4 
            ((uintptr_t)a->x & 15) == 0 && hb_cuda_device_major(queue->device) >= 8;
 }
 
-int64_t hb_cuda_linear4_mma_splits(const hb_cuda_queue *queue, const hb_cuda_linear4 *args)
+int64_t hb_cuda_linear4_mma_workspace(const hb_cuda_queue *queue, const hb_cuda_linear4 *args)
 {
-    return splits(queue, *args);
+    return linear4_partial_bytes(*args, splits(queue, *args));
 }
 
 int hb_cuda_launch_linear4_mma(const hb_cuda_queue *queue, const hb_cuda_linear4 *args)

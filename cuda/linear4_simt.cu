@@ -63,9 +63,9 @@ bool hb_cuda_linear4_simt_fits(const hb_cuda_queue *, const hb_cuda_linear4 *a)
     return !a->transposed && a->offsets == nullptr;
 }
 
-int64_t hb_cuda_linear4_simt_splits(const hb_cuda_queue *, const hb_cuda_linear4 *)
+int64_t hb_cuda_linear4_simt_workspace(const hb_cuda_queue *, const hb_cuda_linear4 *)
 {
-    return 1;
+    return 0;
 }
 
 int hb_cuda_launch_linear4_simt(const hb_cuda_queue *queue, const hb_cuda_linear4 *args)

@@ -110,8 +110,9 @@ typedef struct {
 
 // hb_linear_4bit: y [m, rows] = x [m, depth] W^T + bias; transposed (hb_linear_4bit_grad_input):
 // y [m, depth] = x [m, rows] W, no bias. float32 x: exact float32 products. bfloat16 and float16 x:
-// codebook entries (transposed: weights) rounded to that dtype where tensor cores take them and
-// float32 elsewhere; float32 sums and scales.
+// where tensor cores take them, codebook entries (MMA, TILE; scales in float32) or weights (WGMMA,
+// transposed) are rounded once to that dtype; all else is float32. Without the workspace that was
+// asked for the product is the same but for the order of its sums, and slower.
 //
 // With `offsets` the weight is a stack [experts, rows, depth], quantized as one tensor, the bias
 // [experts, rows], and row r of x meets the expert e with offsets[e - 1] <= r < offsets[e],

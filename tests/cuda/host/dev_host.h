@@ -50,6 +50,7 @@ void check_mark(const void *p); // a byte that any thread may set to the same va
 int fill(void *p, int value, int64_t bytes);
 void check_shared(const void *p, size_t bytes, access kind);
 unsigned char *shared_base();
+uint32_t shared_offset(const void *p); // as the GPU numbers shared memory
 int64_t grid_blocks();
 void block_barrier();
 void warp_barrier();
@@ -126,14 +127,22 @@ template <typename T> void shared_store(T *p, T value)
     hb_host::check_shared(p, sizeof *p, hb_host::access::write);
     *p = value;
 }
-// As on the GPU, address 0 is not where a block's memory begins.
 static inline uint32_t shared_address(const void *p)
 {
-    return (uint32_t)((const unsigned char *)p - hb_host::shared_base()) + 1024;
+    return hb_host::shared_offset(p);
+}
+static inline void *shared_pointer(uint32_t address)
+{
+    unsigned char *base = hb_host::shared_base();
+    return base + (address - hb_host::shared_offset(base));
 }
 template <typename T> T shared_load_at(uint32_t address)
 {
-    return shared_load((const T *)(hb_host::shared_base() + (address - 1024)));
+    return shared_load((const T *)shared_pointer(address));
+}
+template <typename T> void shared_store_at(uint32_t address, T value)
+{
+    shared_store((T *)shared_pointer(address), value);
 }
 template <typename T> T load(const T *p)
 {
@@ -168,6 +177,11 @@ template <int BYTES> void async_copy(void *shared, const void *source, int sourc
 {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "sizes of cp.async");
     hb_host::async_copy(shared, source, BYTES, source_bytes);
+}
+template <int BYTES>
+void async_copy_at(uint32_t shared, const void *source, int source_bytes = BYTES)
+{
+    async_copy<BYTES>(shared_pointer(shared), source, source_bytes);
 }
 static inline void async_commit()
 {

@@ -39,14 +39,9 @@ struct product {
     uint64_t a, b; // descriptors
 };
 void product_start(const product &what, float *d);
-uint32_t shared_offset(const void *p); // as the GPU numbers shared memory: from 0
 
 } // namespace hb_host
 
-static inline uint32_t shared_address(const void *p)
-{
-    return hb_host::shared_offset(p);
-}
 static inline void mbarrier_init(uint64_t *barrier, int count)
 {
     hb_host::barrier_init(barrier, count);
