@@ -29,7 +29,7 @@ def test_api_layout():
     import ctypes
 
     assert emulated().api.size == ctypes.sizeof(Api)
-    assert emulated().api.abi == 3
+    assert emulated().api.abi == 4
 
 
 def test_emulated_device():
