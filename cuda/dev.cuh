@@ -418,6 +418,24 @@ template <int IO> HB_DEVICE void load8(const void *p, int64_t i, float *value)
         value[6] = unpack_low<IO>(a.w), value[7] = unpack_high<IO>(a.w);
     }
 }
+// The same of data that is read again.
+template <int IO> HB_DEVICE void load8_cached(const void *p, int64_t i, float *value)
+{
+    if (IO == 0) {
+        const uint4 *source = (const uint4 *)((const float *)p + i);
+        uint4 a = load(source), b = load(source + 1);
+        value[0] = bits_float(a.x), value[1] = bits_float(a.y);
+        value[2] = bits_float(a.z), value[3] = bits_float(a.w);
+        value[4] = bits_float(b.x), value[5] = bits_float(b.y);
+        value[6] = bits_float(b.z), value[7] = bits_float(b.w);
+    } else {
+        uint4 a = load((const uint4 *)((const uint16_t *)p + i));
+        value[0] = unpack_low<IO>(a.x), value[1] = unpack_high<IO>(a.x);
+        value[2] = unpack_low<IO>(a.y), value[3] = unpack_high<IO>(a.y);
+        value[4] = unpack_low<IO>(a.z), value[5] = unpack_high<IO>(a.z);
+        value[6] = unpack_low<IO>(a.w), value[7] = unpack_high<IO>(a.w);
+    }
+}
 template <int IO> HB_DEVICE void store8(void *p, int64_t i, const float *value)
 {
     if (IO == 0) {

@@ -7,7 +7,12 @@
 namespace
 {
 
-enum { THREADS = 256, WARPS = THREADS / HB_LANES, EACH = 8 };
+enum {
+    THREADS = 256,
+    WARPS = THREADS / HB_LANES,
+    EACH = 8,
+    FEW_ROWS = 16 // of x up to which weights are read straight into registers
+};
 
 struct list_args {
     const uint8_t *marks; // [depth], 8-byte aligned
@@ -114,10 +119,31 @@ int quantize(const hb_cuda_queue *queue, linear8_job *job)
     return HB_LAUNCH(list_columns_kernel, 1, THREADS, 2 * WARPS * 4, queue->stream, list);
 }
 
+// Rows of x that meet a weight, on the average.
+int64_t rows_each(const hb_cuda_linear8 &a)
+{
+    return a.offsets != nullptr ? a.m / a.experts : a.m;
+}
+
+bool is_few(const hb_cuda_queue *queue, const hb_cuda_linear8 &a)
+{
+    if (a.path != HB_CUDA_MMA && (a.path != HB_CUDA_AUTO || rows_each(a) > FEW_ROWS)) return false;
+    return hb_cuda_linear8_few_fits(queue, a);
+}
+
+// One launch does everything.
+bool is_fused(const hb_cuda_queue *queue, const hb_cuda_linear8 &a)
+{
+    return is_dynamic(a) && is_few(queue, a) && hb_cuda_linear8_few_fuses(a);
+}
+
+// The product of integers.
 int product(const hb_cuda_queue *queue, const linear8_job &job)
 {
     const int32_t path = job.a.path;
-    if (path != HB_CUDA_SIMT && hb_cuda_linear8_tile_fits(queue, job))
+    if (((uintptr_t)job.x_codes & 15) == 0 && is_few(queue, job.a))
+        return hb_cuda_launch_linear8_few(queue, job);
+    if (path != HB_CUDA_SIMT && path != HB_CUDA_MMA && hb_cuda_linear8_tile_fits(queue, job))
         return hb_cuda_launch_linear8_tile(queue, job, path);
     if (path != HB_CUDA_AUTO && path != HB_CUDA_SIMT) return HB_CUDA_INVALID;
     return hb_cuda_launch_linear8_simt(queue, job);
@@ -125,9 +151,10 @@ int product(const hb_cuda_queue *queue, const linear8_job &job)
 
 } // namespace
 
-int64_t hb_cuda_linear8_workspace(const hb_cuda_queue *, const hb_cuda_linear8 *args)
+int64_t hb_cuda_linear8_workspace(const hb_cuda_queue *queue, const hb_cuda_linear8 *args)
 {
-    return is_empty(*args) || !is_dynamic(*args) ? 0 : layout_of(*args).bytes;
+    if (is_empty(*args) || !is_dynamic(*args) || is_fused(queue, *args)) return 0;
+    return layout_of(*args).bytes;
 }
 
 int hb_cuda_launch_linear8(const hb_cuda_queue *queue, const hb_cuda_linear8 *args)
@@ -135,12 +162,14 @@ int hb_cuda_launch_linear8(const hb_cuda_queue *queue, const hb_cuda_linear8 *ar
     if (is_empty(*args)) return 0;
     linear8_job job = {};
     job.a = *args;
-    if (is_dynamic(*args)) {
-        if (args->workspace == nullptr) return HB_CUDA_INVALID;
-        const int status = quantize(queue, &job);
-        if (status != 0) return status;
+    if (!is_dynamic(*args)) {
+        if (args->path != HB_CUDA_AUTO && args->path != HB_CUDA_SIMT) return HB_CUDA_INVALID;
+        return hb_cuda_launch_linear8_simt(queue, job);
     }
-    return product(queue, job);
+    if (is_fused(queue, *args)) return hb_cuda_launch_linear8_few(queue, job);
+    if (args->workspace == nullptr) return HB_CUDA_INVALID;
+    const int status = quantize(queue, &job);
+    return status != 0 ? status : product(queue, job);
 }
 
 int hb_cuda_launch_matmul8(const hb_cuda_queue *queue, const hb_cuda_matmul8 *args)

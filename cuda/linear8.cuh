@@ -23,8 +23,8 @@ struct linear8_job {
     const int8_t *x_codes;
     const float *x_scale;
     const int32_t *columns, *n_columns;
-    int32_t *c;      // not NULL: only the integer sums are wanted, [m, rows]
-    int64_t x_tiles; // of the launch
+    int32_t *c;              // not NULL: only the integer sums are wanted, [m, rows]
+    int64_t x_tiles, blocks; // of the launch
 };
 
 // bias[i], or 0.
@@ -64,9 +64,26 @@ HB_DEVICE int linear8_columns(const linear8_job &job)
     return job.columns != nullptr ? load(job.n_columns) : 0;
 }
 
+// The sum over outlier columns for row j of x and row i of the stacked weight.
+template <int IO>
+HB_DEVICE float linear8_outliers(const linear8_job &job, int count, int64_t j, int64_t i)
+{
+    float sum = 0.0f;
+    for (int o = 0; o < count; o++) {
+        const int64_t k = load(job.columns + o);
+        const float w = (float)load(job.a.codes + i * job.a.depth + k);
+        sum = add_rn(sum, mul_rn(load_float<IO>(job.a.x, j * job.a.depth + k), w));
+    }
+    return sum;
+}
+
 // ---- the kernels (host) -------------------------------------------------------------------------
 
 int hb_cuda_launch_linear8_simt(const hb_cuda_queue *queue, const linear8_job &job);
+// The kernel for a few rows quantizes x itself where job.x_codes is NULL, which it can if `fuses`.
+bool hb_cuda_linear8_few_fits(const hb_cuda_queue *queue, const hb_cuda_linear8 &a);
+bool hb_cuda_linear8_few_fuses(const hb_cuda_linear8 &a);
+int hb_cuda_launch_linear8_few(const hb_cuda_queue *queue, const linear8_job &job);
 // path: TILE, TILE_SMALL, or AUTO between these two.
 bool hb_cuda_linear8_tile_fits(const hb_cuda_queue *queue, const linear8_job &job);
 int hb_cuda_launch_linear8_tile(const hb_cuda_queue *queue, const linear8_job &job, int32_t path);

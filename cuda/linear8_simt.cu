@@ -35,19 +35,6 @@ HB_DEVICE void store_zeros(void *y, const expert_rows &rows, int64_t outputs, in
         store_float<IO>(y, (rows.begin + i / n) * outputs + first + i % n, 0.0f);
 }
 
-// The sum over outlier columns for row j of x and row i of the stacked weight.
-template <int IO>
-HB_DEVICE float outlier_sum(const linear8_job &job, int count, int64_t j, int64_t i)
-{
-    float sum = 0.0f;
-    for (int o = 0; o < count; o++) {
-        const int64_t k = load(job.columns + o);
-        const float w = (float)load(job.a.codes + i * job.a.depth + k);
-        sum = add_rn(sum, mul_rn(load_float<IO>(job.a.x, j * job.a.depth + k), w));
-    }
-    return sum;
-}
-
 template <int IO, int EACH> HB_KERNEL(THREADS) linear8_dot_kernel(HB_ARGS linear8_job job)
 {
     const hb_cuda_linear8 &a = job.a;
@@ -79,7 +66,7 @@ template <int IO, int EACH> HB_KERNEL(THREADS) linear8_dot_kernel(HB_ARGS linear
         }
         const int outliers = linear8_columns(job);
         const float value = linear8_value(sum[j], linear8_factor(job.x_scale, x_row), outliers > 0,
-                                          outlier_sum<IO>(job, outliers, x_row, i));
+                                          linear8_outliers<IO>(job, outliers, x_row, i));
         store_float<IO>(a.y, x_row * a.rows + row, linear8_finish(a, i, value));
     }
 }

@@ -214,7 +214,7 @@ def test_matmul(m, order):
     check_matmul(m, 40, 160, 0, order)
 
 
-@pytest.mark.parametrize("path", [SIMT, TILE, TILE_SMALL])
+@pytest.mark.parametrize("path", [SIMT, MMA, TILE, TILE_SMALL])
 def test_matmul_paths(path):
     """More than one tile of each size, and depths that end within a chunk and behind all stages."""
     for m, n, depth in [(130, 133, 80), (65, 34, 64 * 14 + 16), (1, 1, 16), (3, 260, 0)]:
@@ -222,7 +222,7 @@ def test_matmul_paths(path):
 
 
 def test_matmul_refuses():
-    for path in (TILE, TILE_SMALL):
+    for path in (MMA, TILE, TILE_SMALL):
         with pytest.raises(AssertionError, match=r"invalid argument|unknown error"):
             check_matmul(2, 2, 15, path=path)
 
@@ -230,7 +230,7 @@ def test_matmul_refuses():
 def test_matmul_largest_sums():
     depth = 131056
     a = np.full((2, depth), -128, np.int8)
-    for path in (SIMT, TILE_SMALL):
+    for path in (SIMT, MMA):
         assert (matmul(a, a[:1], path=path) == depth << 14).all()
 
 
@@ -257,7 +257,7 @@ def case(m, rows, depth, dtype, kind="none", experts=None, transposed=False):
 
 
 def linear(x, codes, scale, *, bias=None, threshold=0.0, mode="dynamic", transposed=False, offsets=None,
-           offset=0, order=0, path=AUTO):  # fmt: skip
+           offset=0, order=0, path=AUTO, device=0):  # fmt: skip
     emulator = emulated()
     emulator.reset(order, seed=x.size)
     rows, depth = codes.shape[-2:]
@@ -272,13 +272,15 @@ def linear(x, codes, scale, *, bias=None, threshold=0.0, mode="dynamic", transpo
     if offsets is not None:
         args.offsets, args.experts = emulator.register(offsets), codes.shape[0]
         args.offsets_dtype = INT32 if offsets.dtype == np.int32 else INT64
-    queue = STRUCTURES["hb_cuda_queue"](0, None)
+    queue = STRUCTURES["hb_cuda_queue"](device, None)
     size = emulator.api.linear8_workspace(ctypes.byref(queue), ctypes.byref(args))
-    assert size % 256 == 0 and (mode == "dynamic" or size == 0)
+    fused = x.shape[0] <= 16 and x.ctypes.data % 16 == codes.ctypes.data % 16 == depth % 16 == 0
+    fused = fused and offsets is None and device < 2 and path in (AUTO, MMA) and m * (depth + 64) < 60000
+    assert size % 256 == 0 and (size > 0) == (y.size > 0 and mode == "dynamic" and not fused)
     workspace = aligned(size, np.uint8)
     if size:
         args.workspace = emulator.register(workspace, True)
-    emulator.run("linear8", args)
+    emulator.run("linear8", args, device)
     return y
 
 
@@ -340,7 +342,7 @@ def test_dynamic(m, dtype, kind):
         check_dynamic(x, codes, scale, threshold, bias, order=m % 3)
 
 
-@pytest.mark.parametrize("path", [SIMT, TILE, TILE_SMALL])
+@pytest.mark.parametrize("path", [SIMT, MMA, TILE, TILE_SMALL])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["none", "one", "many", "all"])
 def test_dynamic_paths(kind, dtype, path):
@@ -348,6 +350,23 @@ def test_dynamic_paths(kind, dtype, path):
     for m, rows in [(70, 40), (131, 139)] if kind == "all" else [(67, 35)]:
         x, codes, scale = case(m, rows, 80, dtype, kind)
         check_dynamic(x, codes, scale, 6.0, data(rows, "float16", m), order=m % 3, path=path)
+
+
+@pytest.mark.parametrize("kind", ["none", "one", "many", "all", "bad"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dynamic_fused(dtype, kind):
+    """Few rows, which one kernel quantizes and multiplies: each number of rows, depths around its steps."""
+    for m in range(1, 17):
+        depth = [16, 64, 2048, 2064, 4160][m % 5] if m < 6 else 144
+        x, codes, scale = case(m, 35, depth, dtype, kind)
+        check_dynamic(x, codes, scale, 6.0, data(35, "float32", m), order=m % 3)
+
+
+def test_dynamic_fused_stays():
+    """More rows of W than the device holds blocks, so that blocks go on; and a device that cannot."""
+    x, codes, scale = case(3, 16 * 9 + 5, 80, "float16", "many")
+    for device in (0, 1, 2):
+        check_dynamic(x, codes, scale, 6.0, device=device)
 
 
 @settings(deadline=None, max_examples=60)
