@@ -51,7 +51,7 @@ ISA_FLAGS = {"ref": []} | FLAGS_OF_MACHINE.get(platform.machine(), {})
 
 CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Icuda", "--threads=2", "--compress-mode=size", "-cudart=static",
-              "-Xcompiler=-fPIC,-fvisibility=hidden,-static-libstdc++,-static-libgcc",
+              "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-static-libstdc++,-static-libgcc",
               "-Xlinker=--exclude-libs,ALL", "-Xlinker=-s"]  # fmt: skip
 
 

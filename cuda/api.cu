@@ -147,6 +147,7 @@ ON_DEVICE(dequantize8, hb_cuda_dequantize8)
 ON_DEVICE(quantize_rows8, hb_cuda_quantize_rows8)
 ON_DEVICE(dequantize_rows8, hb_cuda_dequantize_rows8)
 ON_DEVICE(matmul8, hb_cuda_matmul8)
+ON_DEVICE(optimizer, hb_cuda_optimizer)
 ON_DEVICE(linear8, hb_cuda_linear8)
 
 // clang-format off: one entry a line, in the order of hb_cuda_api. The entries that are null do not
@@ -180,8 +181,8 @@ const hb_cuda_api api = {
     matmul8,
     hb_cuda_linear8_workspace,
     linear8,
-    nullptr, // optimizer_workspace
-    nullptr, // optimizer
+    hb_cuda_optimizer_workspace,
+    optimizer,
 };
 // clang-format on
 

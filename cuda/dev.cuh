@@ -63,6 +63,19 @@ HB_DEVICE double shuffle_xor(double value, int lane_mask)
 {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
+// The largest of the values of a full warp, in every lane.
+HB_DEVICE uint32_t warp_max(uint32_t value)
+{
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, value);
+#else
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, value, mask);
+        value = other > value ? other : value;
+    }
+    return value;
+#endif
+}
 // The value of lane `source` (0..31).
 HB_DEVICE uint32_t shuffle(uint32_t value, int source)
 {
@@ -187,6 +200,18 @@ HB_DEVICE float div_rn(float a, float b)
 {
     return __fdiv_rn(a, b);
 }
+HB_DEVICE float sqrt_rn(float x)
+{
+    return __fsqrt_rn(x);
+}
+HB_DEVICE float fma_rn(float a, float b, float c)
+{
+    return __fmaf_rn(a, b, c);
+}
+HB_DEVICE double sqrt_rn(double x)
+{
+    return __dsqrt_rn(x);
+}
 HB_DEVICE double add_rn(double a, double b)
 {
     return __dadd_rn(a, b);
@@ -202,6 +227,28 @@ HB_DEVICE double div_rn(double a, double b)
 HB_DEVICE float round_to_float(double x)
 {
     return __double2float_rn(x);
+}
+// max(a, |b|), NaN where one of them is. a >= 0 or NaN.
+HB_DEVICE float max_magnitude(float a, float b)
+{
+#if __CUDA_ARCH__ >= 800
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(fabsf(b)));
+    return larger;
+#else
+    const uint32_t x = __float_as_uint(a), y = __float_as_uint(b) & 0x7fffffffu;
+    return __uint_as_float(x > y ? x : y); // as patterns NaNs lie above infinity
+#endif
+}
+// max(|x|, floor), floor where x is NaN.
+HB_DEVICE float magnitude_from(float x, float floor)
+{
+    return fmaxf(fabsf(x), floor);
+}
+// max(x, floor), floor where x is NaN.
+HB_DEVICE float value_from(float x, float floor)
+{
+    return fmaxf(x, floor);
 }
 HB_DEVICE uint32_t float_bits(float x)
 {

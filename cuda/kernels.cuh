@@ -41,6 +41,8 @@ int hb_cuda_launch_dequantize_rows8(const hb_cuda_queue *queue,
 int hb_cuda_launch_matmul8(const hb_cuda_queue *queue, const hb_cuda_matmul8 *args);
 int64_t hb_cuda_linear8_workspace(const hb_cuda_queue *queue, const hb_cuda_linear8 *args);
 int hb_cuda_launch_linear8(const hb_cuda_queue *queue, const hb_cuda_linear8 *args);
+int64_t hb_cuda_optimizer_workspace(const hb_cuda_queue *queue, const hb_cuda_optimizer *args);
+int hb_cuda_launch_optimizer(const hb_cuda_queue *queue, const hb_cuda_optimizer *args);
 
 // Compute capability (major) and number of multiprocessors of a device, cached; 0 when it cannot be
 // asked.

@@ -12,6 +12,7 @@
 // Source: QLoRA (arXiv:2305.14314) §3. Floor: 9 bytes a scale, 5 of them the second time from L2;
 // at 64 weights a scale nothing beside the weights' own 2.5 bytes each.
 #include "absmax.cuh"
+#include "fold.cuh"
 #include "kernels.cuh"
 #include "search8.cuh"
 
@@ -23,11 +24,9 @@ namespace
 enum {
     THREADS = 256,
     WARPS = THREADS / HB_LANES,
-    MOST_BLOCKS = 1024, // of the second launch: they read all sums each
-    FOLD_BYTES = HB_SUM_LANES * 8
+    MOST_BLOCKS = 1024 // of the second launch: they read all sums each
 };
-static_assert((int)HB_MEAN_LANES == (int)HB_LANES && (int)HB_SUM_LANES == (int)THREADS,
-              "the folds are over a warp and over a block");
+static_assert((int)HB_MEAN_LANES == (int)HB_LANES, "a chunk is folded by a warp");
 
 struct nest_args {
     hb_cuda_nest4 a;
@@ -55,19 +54,13 @@ HB_KERNEL(THREADS) sum_chunks_kernel(HB_ARGS nest_args args)
 // The mean, in every thread. fold: FOLD_BYTES of shared memory.
 HB_DEVICE float mean_of_chunks(const nest_args &args, double *fold)
 {
-    const int t = thread_index();
     const double *sums = (const double *)args.a.workspace;
     double sum = 0.0;
-    for (int64_t c = t; c < args.chunks; c += THREADS) sum = add_rn(sum, load(sums + c));
-    shared_store(fold + t, sum);
-    block_sync();
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        if (t < half)
-            shared_store(fold + t, add_rn(shared_load(fold + t), shared_load(fold + t + half)));
-        block_sync();
-    }
+    for (int64_t c = thread_index(); c < args.chunks; c += THREADS)
+        sum = add_rn(sum, load(sums + c));
+    sum = fold_block(sum, fold);
     if (args.a.n == 0) return 0.0f;
-    const float mean = round_to_float(div_rn(shared_load(fold), (double)args.a.n));
+    const float mean = round_to_float(div_rn(sum, (double)args.a.n));
     return mean != mean ? bits_float(NAN_BITS) : mean;
 }
 
@@ -75,7 +68,7 @@ HB_KERNEL(THREADS) nest4_kernel(HB_ARGS nest_args args)
 {
     const hb_cuda_nest4 &a = args.a;
     double *fold = (double *)shared_memory();
-    float *tree = (float *)(fold + HB_SUM_LANES);
+    float *tree = (float *)(fold + FOLD_BYTES / 8);
     search8_fill(a.map, tree);
     const float offset = mean_of_chunks(args, fold);
     if (block_index() == 0 && thread_index() == 0) store(a.offset, offset);

@@ -25,11 +25,19 @@ HB_DEVICE float search8_threshold(float low, float high, bool odd)
     return odd && low != high ? float_below(middle) : middle;
 }
 
-// map [256] in global memory, tree SEARCH8_BYTES of shared memory. Ends with a barrier.
-HB_DEVICE void search8_fill(const float *map, float *tree)
+// Where threshold i (0..254) lies in the tree: it separates codes i and i + 1, and its level is
+// that of the lowest bit of i + 1, from the root (128) down.
+HB_DEVICE int search8_node(int i)
+{
+    const int code = i + 1, low = code & -code;
+    return 128 / low + (code / low - 1) / 2;
+}
+
+// map [256] in global memory; tree and line [256] of shared memory, of which line is only room to
+// work in. Ends with a barrier.
+HB_DEVICE void search8_fill(const float *map, float *tree, float *line)
 {
     const int i = thread_index();
-    float *line = tree + 256;
     float threshold = i < 255 ? search8_threshold(load(map + i), load(map + i + 1), i % 2 == 1)
                               : bits_float(0x7f800000u);
     // The largest of the thresholds up to each: after the step of width w, of the last 2w.
@@ -42,11 +50,14 @@ HB_DEVICE void search8_fill(const float *map, float *tree)
         }
         block_sync();
     }
-    // Threshold i separates codes i and i + 1; its level in the tree is that of the lowest bit of
-    // i + 1, from the root (128) down.
-    const int code = i + 1, low = code & -code;
-    if (i < 255) shared_store(tree + (128 / low + (code / low - 1) / 2), threshold);
+    if (i < 255) shared_store(tree + search8_node(i), threshold);
     block_sync();
+}
+
+// The same with the line behind the tree: SEARCH8_BYTES.
+HB_DEVICE void search8_fill(const float *map, float *tree)
+{
+    search8_fill(map, tree, tree + 256);
 }
 
 // #{t in threshold: v > t}; NaN gives 0.

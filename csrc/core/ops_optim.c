@@ -11,6 +11,7 @@
 // result does not depend on the threads.
 #include "core/ops.h"
 #include "core/ops_cuda.h"
+#include "core/optim_scalars.h"
 #include "core/pieces.h"
 #include "core/sums.h"
 
@@ -243,33 +244,6 @@ static void norm_pieces(void *arg, int64_t begin, int64_t end, int lane)
     run_pieces(arg, begin, end, true);
 }
 
-static hb_optim_scalars prepare(hb_optimizer optimizer, const hb_optim_settings *s, int64_t step)
-{
-    const double corr1 = 1.0 - pow(s->beta1, (double)step);
-    const double corr2 = sqrt(1.0 - pow(s->beta2, (double)step));
-    const bool coupled =
-        optimizer == HB_MOMENTUM || optimizer == HB_RMSPROP || optimizer == HB_ADAGRAD;
-    return (hb_optim_scalars){
-        .gnorm_scale = (float)s->gnorm_scale,
-        .coupled_decay = coupled ? (float)s->weight_decay : 0.0f,
-        .keep = coupled ? 1.0f : (float)(1.0 - s->lr * s->weight_decay),
-        .beta1 = (float)s->beta1,
-        .beta1_rest = (float)(1.0 - s->beta1),
-        .beta2 = (float)s->beta2,
-        .beta2_rest = (float)(1.0 - s->beta2),
-        .beta3 = (float)s->beta3,
-        .beta3_rest = (float)(1.0 - s->beta3),
-        .alpha = (float)s->alpha,
-        .eps = (float)s->eps,
-        .lr = (float)s->lr,
-        .step_size = (float)(s->lr / corr1),
-        .inv_corr1 = (float)(1.0 / corr1),
-        .inv_corr2 = (float)(1.0 / corr2),
-        .scale = 1.0f,
-        .first = step == 1,
-    };
-}
-
 // Sets the scale of each tensor's update from the sums of its pieces.
 static void limit_norms(const step_job *job, const hb_optim_settings *settings)
 {
@@ -358,7 +332,7 @@ hb_status hb_optimizer_step(hb_context *context, const hb_device *device, hb_opt
     first_piece[0] = 0;
     for (int64_t i = 0; i < count; i++) {
         first_piece[i + 1] = first_piece[i] + hb_ceil_div(tensors[i].n, PIECE);
-        job.scalars[i] = prepare(optimizer, settings, tensors[i].step);
+        job.scalars[i] = hb_optim_scalars_of(optimizer, settings, tensors[i].step);
     }
     job.first_piece = first_piece;
     if (limited) {

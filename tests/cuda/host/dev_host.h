@@ -108,6 +108,14 @@ static inline double shuffle_xor(double value, int lane_mask)
     std::memcpy(&value, &bits, sizeof bits);
     return value;
 }
+static inline uint32_t warp_max(uint32_t value)
+{
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const uint32_t other = shuffle_xor(value, mask);
+        value = other > value ? other : value;
+    }
+    return value;
+}
 static inline uint32_t shuffle(uint32_t value, int source)
 {
     return hb_host::exchange(value, source);
@@ -204,6 +212,30 @@ static inline float add_rn(float a, float b)
 static inline float div_rn(float a, float b)
 {
     return a / b;
+}
+static inline float sqrt_rn(float x)
+{
+    return std::sqrt(x);
+}
+static inline float fma_rn(float a, float b, float c)
+{
+    return std::fma(a, b, c);
+}
+static inline double sqrt_rn(double x)
+{
+    return std::sqrt(x);
+}
+static inline float max_magnitude(float a, float b)
+{
+    return a != a || b != b ? hb_f32_from_bits(0x7fffffff) : std::fmax(a, std::fabs(b));
+}
+static inline float magnitude_from(float x, float floor)
+{
+    return std::fmax(std::fabs(x), floor);
+}
+static inline float value_from(float x, float floor)
+{
+    return std::fmax(x, floor);
 }
 static inline double add_rn(double a, double b)
 {
