@@ -307,6 +307,20 @@ HB_DEVICE uint32_t pack_f16(float low, float high)
     return *(const uint32_t *)&pair;
 }
 
+// a - b for two bfloat16 (IO 1) or float16 (IO 2) at once, each rounded.
+template <int IO> HB_DEVICE uint32_t sub_pair(uint32_t a, uint32_t b)
+{
+#if __CUDA_ARCH__ >= 800
+    if (IO == 1) {
+        const __nv_bfloat162 pair =
+            __hsub2(*(const __nv_bfloat162 *)&a, *(const __nv_bfloat162 *)&b);
+        return *(const uint32_t *)&pair;
+    }
+#endif
+    const __half2 pair = __hsub2(*(const __half2 *)&a, *(const __half2 *)&b);
+    return *(const uint32_t *)&pair; // of bfloat16 only for kernels that do not run before sm_80
+}
+
 // d += A B for a warp: A 16 x 16 and B 16 x 8 of bfloat16 (IO 1) or float16 (IO 2), d 16 x 8
 // float32. With g = lane / 4 and t = lane % 4, each register two elements of consecutive k, the
 // first low:

@@ -163,6 +163,8 @@ int hb_cuda_launch_linear8(const hb_cuda_queue *queue, const hb_cuda_linear8 *ar
     linear8_job job = {};
     job.a = *args;
     if (!is_dynamic(*args)) {
+        if (args->path != HB_CUDA_SIMT && hb_cuda_linear8_wide_fits(queue, *args))
+            return hb_cuda_launch_linear8_wide(queue, job);
         if (args->path != HB_CUDA_AUTO && args->path != HB_CUDA_SIMT) return HB_CUDA_INVALID;
         return hb_cuda_launch_linear8_simt(queue, job);
     }

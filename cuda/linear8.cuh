@@ -84,6 +84,9 @@ int hb_cuda_launch_linear8_simt(const hb_cuda_queue *queue, const linear8_job &j
 bool hb_cuda_linear8_few_fits(const hb_cuda_queue *queue, const hb_cuda_linear8 &a);
 bool hb_cuda_linear8_few_fuses(const hb_cuda_linear8 &a);
 int hb_cuda_launch_linear8_few(const hb_cuda_queue *queue, const linear8_job &job);
+// The exact mode and gradients.
+bool hb_cuda_linear8_wide_fits(const hb_cuda_queue *queue, const hb_cuda_linear8 &a);
+int hb_cuda_launch_linear8_wide(const hb_cuda_queue *queue, const linear8_job &job);
 // path: TILE, TILE_SMALL, or AUTO between these two.
 bool hb_cuda_linear8_tile_fits(const hb_cuda_queue *queue, const linear8_job &job);
 int hb_cuda_launch_linear8_tile(const hb_cuda_queue *queue, const linear8_job &job, int32_t path);

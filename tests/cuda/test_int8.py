@@ -408,12 +408,47 @@ def check_float(x, codes, scale, bias=None, transposed=False, offsets=None, **ho
     assert (error <= bound).all(), (error - bound).max()
 
 
+@pytest.mark.parametrize("path", [SIMT, MMA])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 7, 16, 17, 40])
-def test_float(m, dtype, transposed):
-    x, codes, scale = case(m, 48, 160, dtype, transposed=transposed)
-    check_float(x, codes, scale, None if transposed else data(48, "bfloat16", m), transposed, order=m % 3)
+@pytest.mark.parametrize("m", [1, 7, 17])
+def test_float(m, dtype, transposed, path):
+    """Depths that end within a chunk, and behind what is under way."""
+    for rows, depth in [(48, 160), (35, 1104), (600, 36)] if transposed else [(48, 160), (35, 1104)]:
+        x, codes, scale = case(m, rows, depth, dtype, transposed=transposed)
+        bias = None if transposed else data(rows, "bfloat16", m)
+        check_float(x, codes, scale, bias, transposed, order=m % 3, path=path)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("path", [SIMT, MMA])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_is_exact(dtype, path, transposed):
+    """Each code times 1 and scale 127: y is the code itself."""
+    codes = np.resize(np.arange(-128, 128), (256, 256)).astype(np.int8)
+    codes = codes.T.copy() if transposed else codes
+    scale = np.full(256, 127, np.float32)
+    x = np.eye(256, dtype=NUMPY[dtype])[:128:7]
+    y = linear(x, codes, scale, mode="exact", transposed=transposed, path=path)
+    weight = codes if transposed else codes.T
+    assert np.array_equal(y.astype(np.float32), weight[:128:7])
+
+
+@pytest.mark.parametrize("path", [SIMT, MMA])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float_propagates(dtype, transposed, path):
+    """A row of x with NaN or infinity gives what IEEE products give; largest finite numbers stay finite."""
+    x, codes, _ = case(5, 64, 64, dtype, transposed=transposed)
+    codes[codes == 0] = 1
+    x[1, 3], x[2, 5], x[3, 7] = np.nan, np.inf, -np.inf
+    x[4] = 0
+    x[4, 9] = np.finfo(np.float32).max if dtype == "float32" else 3e38 if dtype == "bfloat16" else 65504
+    y = linear(x, codes, np.full(64, 1.0, np.float32) * STEP, mode="exact", transposed=transposed, path=path)
+    y = y.astype(np.float64)
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all() and np.isinf(y[2:4]).all()
+    weight = codes if transposed else codes.T
+    assert np.array_equal(np.sign(y[2:4]), np.sign([weight[5], -weight[7].astype(int)]))
 
 
 @settings(deadline=None, max_examples=60)

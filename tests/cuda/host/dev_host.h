@@ -323,6 +323,17 @@ static inline void mma_int8(int32_t *d, const uint32_t *a, const uint32_t *b)
 {
     hb_host::mma_int8(d, a, b);
 }
+template <int IO> uint32_t sub_pair(uint32_t a, uint32_t b)
+{
+    uint32_t pair = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const uint16_t x = (uint16_t)(a >> shift), y = (uint16_t)(b >> shift);
+        const float difference =
+            IO == 1 ? bf16_to_float(x) - bf16_to_float(y) : f16_to_float(x) - f16_to_float(y);
+        pair |= (IO == 1 ? pack_bf16(difference, 0.0f) : pack_f16(difference, 0.0f)) << shift;
+    }
+    return pair;
+}
 template <int IO> void mma_16x8x16(float *d, const uint32_t *a, const uint32_t *b)
 {
     hb_host::mma_16x8x16(IO, d, a, b);
