@@ -2,6 +2,7 @@
 
     python benchmarks/qlora.py                    3 seeds of 200 steps each; writes build/benchmarks/qlora.{json,svg}
     python benchmarks/qlora.py --steps 20 --seeds 1
+    python benchmarks/qlora.py --turns --threads 2 --steps 40 --seeds 1     times only, on a busy machine
 
 `qlora_train.py`, which knows nothing of either, runs in processes of their own, alternating, so that what else the
 machine does meets both. Compared are
@@ -9,11 +10,15 @@ machine does meets both. Compared are
 - the losses, step by step, of equal seeds: their difference must be small beside what another seed does;
 - wall seconds of a step (median over all steps of all runs) and of the whole process, and its CPU seconds;
 - the peak resident memory of the process, as the operating system counts it.
+
+With `--turns` both processes live at once and take turns step by step (20 ms apart, so that the threads of one sleep
+before the other starts): the ratio of two steps that are neighbours in time says more than that of two medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -34,6 +39,12 @@ COMMANDS = {
 SMOOTHING = 10  # steps of the running mean that is drawn
 
 
+def environment() -> dict[str, str]:
+    """Of a run: this repository's halfbyte, no network."""
+    path = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 def run_once(name: str, seed: int, steps: int, model: Path, text: Path) -> dict[str, Any]:
     """One process. Its losses and times, `process_seconds`, `cpu_seconds` and `peak_bytes`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -49,17 +60,9 @@ def run_once(name: str, seed: int, steps: int, model: Path, text: Path) -> dict[
             "--seed",
             str(seed),
         ]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
         begin = time.perf_counter()
         with log.open("w") as sink:
-            process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=environment(), stdout=sink, stderr=subprocess.STDOUT)
             _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begin
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -70,6 +73,35 @@ def run_once(name: str, seed: int, steps: int, model: Path, text: Path) -> dict[
     cpu = usage.ru_utime + usage.ru_stime
     peak = usage.ru_maxrss * unit
     return {**result, "process_seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak, "seed": seed}
+
+
+def take_turns(seed: int, steps: int, model: Path, text: Path) -> dict[str, list[float]]:
+    """Wall seconds of each step of both, the steps of one between those of the other."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        processes, ends, outs = {}, {}, {}
+        for name in COMMANDS:
+            theirs_in, ours_out = os.pipe()
+            ours_in, theirs_out = os.pipe()
+            outs[name] = Path(folder, f"{name}.json")
+            command = [*COMMANDS[name], str(model), str(text), str(outs[name]), "--steps", str(steps),
+                       "--seed", str(seed), "--turns", str(theirs_in), str(theirs_out)]  # fmt: skip
+            sink = stack.enter_context(Path(folder, f"{name}.log").open("w"))
+            processes[name] = subprocess.Popen(
+                command, env=environment(), stdout=sink, stderr=sink, pass_fds=(theirs_in, theirs_out)
+            )
+            stack.callback(processes[name].kill)
+            os.close(theirs_in)
+            os.close(theirs_out)
+            ends[name] = ours_out, ours_in
+        for step in range(steps):
+            for name in list(COMMANDS)[:: 1 if step % 2 == 0 else -1]:
+                os.write(ends[name][0], b"x")
+                if os.read(ends[name][1], 1) != b"x":
+                    raise RuntimeError(f"{name}: {Path(folder, f'{name}.log').read_text()[-3000:]}")
+                time.sleep(0.02)
+        for process in processes.values():
+            process.wait()
+        return {name: json.loads(out.read_text())["step_seconds"] for name, out in outs.items()}
 
 
 def mean_difference(a: list[float], b: list[float]) -> float:
@@ -207,9 +239,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "tests" / "data" / "tiny-llama")
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "heldout.txt")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmarks" / "qlora.json")
+    parser.add_argument("--turns", action="store_true", help="only times, step by step in turns")
     args = parser.parse_args()
     if args.threads:
         os.environ |= {"OMP_NUM_THREADS": str(args.threads), "HALFBYTE_NUM_THREADS": str(args.threads)}
+    if args.turns:
+        for seed in range(args.seeds):
+            seconds = {name: s[2:] for name, s in take_turns(seed, args.steps, args.model, args.text).items()}
+            ratios = [b / a for a, b in zip(seconds["bitsandbytes"], seconds["halfbyte"], strict=True)]
+            quartiles = ", ".join(f"{q:.3f}" for q in statistics.quantiles(ratios, n=4))
+            for name, each in seconds.items():
+                p10 = statistics.quantiles(each, n=10)[0]
+                print(f"{name}: {statistics.median(each):.4f} s a step, 10th percentile {p10:.4f} s")
+            print(f"step time, halfbyte / bitsandbytes, quartiles over the steps: {quartiles}")
+        return
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in COMMANDS}
     for seed in range(args.seeds):
         names = list(COMMANDS) if seed % 2 == 0 else list(COMMANDS)[::-1]

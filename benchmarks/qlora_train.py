@@ -7,6 +7,7 @@ steps go to OUT.json. `benchmarks/qlora.py` runs both and compares.
 
 import argparse
 import json
+import os
 import tempfile
 import time
 
@@ -30,6 +31,9 @@ parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--batch", type=int, default=4)
 parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument(
+    "--turns", type=int, nargs=2, metavar="FD", help="read a byte before each step, write one after"
+)
 args = parser.parse_args()
 
 set_seed(args.seed)
@@ -62,12 +66,16 @@ class Clock(TrainerCallback):
     def __init__(self):
         self.seconds, self.cpu_seconds = [], []
 
-    def on_step_begin(self, *args, **kwargs):
+    def on_step_begin(self, *_, **__):
+        if args.turns:
+            os.read(args.turns[0], 1)
         self.begin = time.perf_counter(), time.process_time()
 
-    def on_step_end(self, *args, **kwargs):
+    def on_step_end(self, *_, **__):
         self.seconds.append(time.perf_counter() - self.begin[0])
         self.cpu_seconds.append(time.process_time() - self.begin[1])
+        if args.turns:
+            os.write(args.turns[1], b"x")
 
 
 clock = Clock()

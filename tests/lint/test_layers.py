@@ -20,7 +20,7 @@ LIBC = {
 }  # fmt: skip
 SYSTEM = {
     "core": LIBC | {"pthread.h", "sched.h", "signal.h", "time.h", "unistd.h", "cpuid.h", "sys/auxv.h", "dlfcn.h",
-                    "linux/futex.h", "sys/syscall.h", "sys/mman.h"},
+                    "linux/futex.h", "sys/syscall.h", "sys/mman.h", "link.h"},
     "cpu": LIBC,
     "python": LIBC | {"Python.h", "structmember.h", "numpy/arrayobject.h", "dlpack/dlpack.h", "pthread.h", "time.h"},
 }  # fmt: skip

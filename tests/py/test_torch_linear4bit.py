@@ -354,3 +354,61 @@ def test_compiles_with_inductor(nested):
     (found,) = torch.autograd.grad(compiled(x).sum(), x)
     (expected,) = torch.autograd.grad(net(x).sum(), x)
     torch.testing.assert_close(found, expected)
+
+
+# ---- gradients without the dispatcher --------------------------------------------------------------------------------
+
+
+def operator(linear: nn.Linear4bit, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What the layer computes, through `torch.ops`."""
+    return F.linear_4bit(x, linear.weight, linear.weight.quant_state, bias, linear._compute(x))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_bits_of_the_operator(compute, nested, storage):
+    linear = layer(bias=True, compute_dtype=compute, compress_statistics=nested, quant_storage=storage).to(
+        "cpu"
+    )
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    for dy in (torch.randn(3, 5, 48), torch.randn(48, 5, 3).transpose(0, 2), torch.ones(1).expand(3, 5, 48)):
+        results = []
+        for run in (linear, lambda v: operator(linear, v, linear.bias)):
+            y = run(x)
+            results.append((y, *torch.autograd.grad(y, (x, linear.bias), dy)))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_gradient_of_the_gradient():
+    linear = layer(bias=False, compute_dtype=torch.float32).to("cpu")
+    x = torch.randn(4, 64, requires_grad=True)
+    (dx,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.sum(), x)
+    w = F.dequantize_4bit(linear.weight.data, linear.weight.quant_state).double()
+    exact = 2 * torch.ones(4, 64).double() @ w.T @ w
+    # Two products of at most 64 terms in float32, each within 80 u of the sum of magnitudes.
+    bound = 2 * (torch.ones(4, 64).double() @ w.abs().T @ w.abs()) * 160 * ROUNDING[torch.float32]
+    assert ((ddx - exact).abs() <= bound).all()
+
+
+def test_checkpointed_layers_recompute_the_same_gradient():
+    from torch.utils.checkpoint import checkpoint
+
+    linear = layer(bias=False, compute_dtype=torch.bfloat16).to("cpu")
+    x = torch.randn(4, 64, requires_grad=True)
+    (plain,) = torch.autograd.grad(linear(x.sin()).sum(), x)
+    for reentrant in (False, True):
+        y = checkpoint(lambda v: linear(v.sin()), x, use_reentrant=reentrant)
+        y.sum().backward()
+        assert torch.equal(x.grad, plain)
+        x.grad = None
+
+
+def test_a_weight_changed_in_place_before_its_backward_is_noticed():
+    linear = layer(bias=False, compute_dtype=torch.float32).to("cpu")
+    y = linear(torch.randn(4, 64, requires_grad=True))
+    linear.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -3,8 +3,9 @@
 Where a call goes. In eager mode, with a plain CPU or CUDA tensor and no gradient to record, `forward` hands the
 tensors straight to `halfbyte._C`, a few microseconds for a small layer. Every call reads the weight, its
 statistics and the bias anew (zero-copy views), so nothing can be stale after `load_state_dict`, `.to`,
-a replaced parameter or an in-place update. Everything else - gradient, torch.compile, fake tensors,
-dispatch modes - goes through `torch.ops.halfbyte.linear_4bit`.
+a replaced parameter or an in-place update. With a gradient to record it does so, on the CPU, through one autograd
+function (`eager_4bit`). Everything else - torch.compile, fake tensors, dispatch modes - goes through
+`torch.ops.halfbyte.linear_4bit`.
 """
 
 import logging
@@ -16,6 +17,7 @@ from torch.compiler import is_compiling
 
 from halfbyte import _C
 from halfbyte.torch._library import autocast_dtype
+from halfbyte.torch.eager_4bit import EagerLinear4bit, nested_statistics
 from halfbyte.torch.functional import linear_4bit
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
 from halfbyte.torch.nn.saving import Saves4bit
@@ -47,6 +49,10 @@ def cast_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
         return bias.to(x.dtype)
     bias.data = bias.data.to(x.dtype)
     return bias
+
+
+def _requires_grad(x: Tensor, bias: Tensor | None) -> bool:
+    return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
 class Linear4bit(Saves4bit, nn.Linear):
@@ -138,29 +144,17 @@ class Linear4bit(Saves4bit, nn.Linear):
             runs_eagerly(x)
             and type(weight) is Params4bit
             and (state := weight.quant_state) is not None
-            and not (
-                torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-            )
+            and (not (records := torch.is_grad_enabled() and _requires_grad(x, bias)) or x.is_cpu)
         ):
             if bias is not None and bias.dtype != x.dtype:
                 cast_bias(bias, x)
             compute = self._compute(x)
+            if records:
+                return EagerLinear4bit.apply(x, weight, bias, state, compute)
             if x.is_cuda:
                 return self._forward_cuda(x, weight, state, bias, compute)
             layout = state.quant_type, state.blocksize, state.shape, bias, compute
-            if not state.nested:
-                return _C.linear_4bit(x, weight, state.absmax, *layout)
-            state2 = state.state2
-            return _C.linear_4bit(
-                x,
-                weight,
-                state.absmax,
-                *layout,
-                nested_absmax=state2.absmax,
-                nested_map=state2.code,
-                nested_offset=float(state.offset),
-                nested_blocksize=state2.blocksize,
-            )
+            return _C.linear_4bit(x, weight, state.absmax, *layout, **nested_statistics(state))
         state = repair_quant_state(self)
         bias = cast_bias(self.bias, x)
         return linear_4bit(x, self.weight, state, bias, self._compute(x))
