@@ -44,7 +44,7 @@ enum {
     UNIT = 16,     // bytes
     CODE_BYTES = 128 * 64,
     SCALE_BYTES = 4 * 128 * 4,
-    VALUE_BYTES = 16 * 4,
+    VALUE_BYTES = 2 * 16 * 4, // with room to begin at a multiple of 64
     // Stages worth a block of its own, and blocks that a multiprocessor holds.
     SPLIT_STAGES = 4,
     RESIDENT = 1
@@ -352,8 +352,11 @@ linear4_tile_kernel(HB_ARGS linear4_job job)
     const int stages = rows.expert < 0 ? 0 : (int)(all * (split + 1) / job.splits - first);
     copier<S> c = copier_of<S>(job, rows, output, first * STEPS);
 
+    // Shared memory begins at a multiple of 16; the codebook's address takes codes by an or.
+    const uint32_t start = shared_address(shared_memory());
+    const uint32_t table = S::TRANSPOSED ? (start + 63) & ~63u : start;
     if (S::TRANSPOSED)
-        codebook_fill((float *)shared_memory(), a.format);
+        codebook_fill((float *)(shared_memory() + (table - start)), a.format);
     else
         pair_table_fill<IO, THREADS>(shared_memory(), a.format);
     scale_map_fill(a.scales, map);
@@ -362,8 +365,7 @@ linear4_tile_kernel(HB_ARGS linear4_job job)
 
     // All stages but one are under way before the first is used; a group of copies for each, also
     // for those that do not exist, so that the number of groups to wait for is always the same.
-    const uint32_t table = shared_address(shared_memory()), begin = table + S::TABLE_BYTES;
-    const uint32_t end = begin + S::STAGES * S::STAGE_BYTES;
+    const uint32_t begin = start + S::TABLE_BYTES, end = begin + S::STAGES * S::STAGE_BYTES;
     uint32_t here = begin, target = begin;
 #pragma unroll
     for (int s = 0; s < S::STAGES - 1; s++, target += S::STAGE_BYTES) {

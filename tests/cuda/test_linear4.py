@@ -1,7 +1,7 @@
 """The CUDA products with 4-bit weights on the emulator, against float64."""
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +45,10 @@ class Case:
     order: int = 0
     device: int = LARGE
     at: int = 0  # bytes by which x and codes miss their alignment
+    offsets: list[int] | None = None  # instead of those of `experts`
+    spoil: bool = False  # a NaN in x and one in the scales, and no comparison
+    without_workspace: bool = False
+    workspace: int = field(default=0, compare=False)  # bytes that the last run asked for
 
     def tensor_cores(self) -> bool:
         """Whether codebook entries (transposed: weights) are rounded to dtype."""
@@ -67,6 +71,10 @@ class Case:
         x, y = aligned((m, steps), half, self.at), aligned((m, outputs), half)
         packed = aligned(packed_.shape, "u1", self.at)
         x[:] = rng.standard_normal((m, steps)).astype(half)
+        if self.spoil:
+            x[2, 3] = np.nan
+            absmax = absmax.copy()
+            absmax[(7 * depth + 32) // self.blocksize] = np.nan
         packed[:] = packed_
 
         emulator = emulated()
@@ -92,16 +100,21 @@ class Case:
         if self.experts is not None:
             ends = np.cumsum(self.experts).astype(self.offsets_dtype)
             owner = np.searchsorted(ends, np.arange(m), "right")
+            if self.offsets is not None:
+                ends = np.array(self.offsets, self.offsets_dtype)
             args.offsets, args.experts = emulator.register(ends), experts
             args.offsets_dtype = {"int32": 6, "int64": 7}[self.offsets_dtype]
         if self.bias is not None:
             b = rng.standard_normal((experts, rows)).astype(NUMPY[self.bias])
             args.bias, args.bias_dtype = emulator.register(b), DTYPES[self.bias]
         size = emulator.api.linear4_workspace(ctypes.byref(Queue(self.device, None)), ctypes.byref(args))
-        workspace = aligned((size,), np.uint8)
-        args.workspace = emulator.register(workspace, True) if size else None
+        self.workspace, workspace = size, aligned((size,), np.uint8)
+        if size and not self.without_workspace:
+            args.workspace = emulator.register(workspace, True)
         emulator.run("linear4", args, self.device)
 
+        if self.spoil:
+            return y.view(np.uint8)
         # Reference: codebook or weights as the kernel has them, all else exact.
         book = np.asarray(_C.codebook(self.quant_type))
         rounded = self.tensor_cores() and self.path != AUTO
@@ -139,44 +152,191 @@ class Case:
         return y.view(np.uint8)
 
 
-def check(m, rows, depth, dtype, quant_type, blocksize, path, nested=False, bias=None, order=0):
-    Case(m, rows, depth, dtype, quant_type, blocksize, path, 256 * nested, bias, order=order).run()
+PATHS = {"simt": SIMT, "mma": MMA, "tile": TILE}
+ROWS_OF_X = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 64, 65, 70]
 
 
-@pytest.mark.parametrize("path", [SIMT, MMA])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9])
-def test_half_precision(m, dtype, path):
-    check(m, 33, 192, dtype, "nf4", 64, path, bias="float32", order=m % 3)
+@pytest.mark.parametrize("m", ROWS_OF_X)
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_of_x(path, m):
+    """Every number of rows: whole and partly filled tiles, in turn in both dtypes and all orders."""
+    dtype = ["bfloat16", "float16"][m % 2]
+    rows = 37 if path == "simt" else 133
+    Case(m, rows, 192, dtype, path=PATHS[path], nested=256 * (m % 2), bias="float32", order=m % 3).run()
 
 
-@pytest.mark.parametrize("m", [1, 8, 11])
-def test_float32(m):
-    check(m, 20, 129, "float32", "nf4", 64, AUTO, nested=True, bias="float16", order=m % 3)
+@pytest.mark.parametrize("m", [0, 1, 8, 9, 16, 17, 33, 64, 70])
+@pytest.mark.parametrize("path", ["simt", "tile"])
+def test_rows_of_x_transposed(path, m):
+    dtype = ["bfloat16", "float16"][m % 2]
+    depth = 72 if path == "simt" else 160
+    Case(m, 136, depth, dtype, path=PATHS[path], nested=256 * (m % 2), transposed=True, order=m % 3).run()
 
 
-def test_deep():
-    """Every warp gets several rounds of chunks, with a remainder."""
-    check(3, 16, 64 * 83, "bfloat16", "fp4", 128, MMA, nested=True)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize("device", [LARGE, OLD])
+@pytest.mark.parametrize("depth", [1, 7, 8, 131, 264])
+def test_float32(depth, device, order, transposed):
+    for m in (1, 8, 11):
+        bias = None if transposed else "float16"
+        Case(m, 35, depth, "float32", "fp4", 32, SIMT, 256 * (m % 2), bias, transposed,
+             order=order, device=device).run()  # fmt: skip
 
 
-@settings(deadline=None, max_examples=40)
-@given(
-    st.integers(1, 17),
-    st.integers(1, 70),
-    st.one_of(st.integers(1, 300), st.integers(1, 10).map(lambda n: 64 * n)),
-    st.sampled_from(sorted(DTYPES)),
-    st.sampled_from(sorted(FORMATS)),
-    st.sampled_from([32, 64, 128, 4096]),
-    st.booleans(),
-    st.sampled_from([None, *DTYPES]),
-    st.integers(0, 2),
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("path", PATHS)
+def test_block_sizes(path, blocksize):
+    """Blocks within a row, of many rows, and that straddle rows."""
+    for depth in (32, 96, 128, 320):
+        case = Case(3, 20, depth, "bfloat16", "fp4", blocksize, PATHS[path], nested=2 * (depth % 64))
+        case.run()
+        if path != "mma":
+            replace(case, rows=24, transposed=True, order=1).run()
+
+
+@pytest.mark.parametrize("nested", [1, 2, 100, 4096])
+def test_nested_block_sizes(nested):
+    for path in (SIMT, MMA, TILE):
+        if path != MMA or nested != 100:
+            Case(2, 18, 192, "float16", path=path, nested=nested, order=2).run()
+
+
+SPLIT = [  # deep products with few outputs, which several blocks of the large device share
+    Case(2, 20, 64 * 192 + 32, path=MMA, nested=256),
+    Case(2, 20, 64 * 192, "float16", path=MMA),
+    Case(12, 40, 128 * 9, path=TILE),
+    Case(20, 40, 128 * 13 + 32, "float16", "fp4", 32, TILE, nested=256),
+    Case(40, 128 * 9 + 8, 64, path=TILE, transposed=True),
+    Case(2, 20, 2048 * 3 + 8, "float32", path=SIMT),
+    Case(2, 256 * 3 + 8, 40, "float32", path=SIMT, transposed=True),
+    Case(9, 256 * 3 + 9, 11, "float32", path=SIMT, transposed=True, experts=[4, 3]),
+    Case(12, 40, 128 * 9, path=TILE, experts=[4, 0, 7]),
+    Case(12, 20, 64 * 130, path=MMA, experts=[9, 2], nested=256),
+]
+
+
+@pytest.mark.parametrize("case", SPLIT, ids=range(len(SPLIT)))
+def test_split_depth(case):
+    if not case.transposed:
+        case = replace(case, bias="bfloat16")
+    shared, alone = case.run(), replace(case, without_workspace=True).run()
+    assert case.workspace > 0
+    assert np.array_equal(shared, replace(case, order=1).run())
+    assert np.array_equal(alone, replace(case, order=2, device=SMALL, without_workspace=True).run())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("path", [SIMT, TILE, MMA])
+def test_same_bits_in_every_order(path, transposed):
+    if path == MMA and transposed:
+        return
+    case = Case(19, 136, 192, path=path, nested=256, transposed=transposed, experts=[10, 1, 7])
+    first = case.run()
+    assert all(np.array_equal(first, replace(case, order=order).run()) for order in (0, 1, 2))
+
+
+def test_blocks_that_stay():
+    """More tiles than the small device holds blocks: a block goes on from tile to tile."""
+    for order in range(3):
+        for m, depth in ((3, 64 * 9), (19, 64 * 33 + 32), (8, 32)):
+            Case(m, 16 * 11 + 3, depth, path=MMA, nested=256, bias="float32", device=SMALL, order=order).run()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_experts(path, transposed):
+    """Experts without rows, more than a warp looks at in one round, rows of nobody, weights that begin anywhere."""
+    if path == "mma" and transposed:
+        return
+    many = [0] * 30 + [9, 0, 1] + [0] * 20 + [8] + [0] * 12 + [13, 1]
+    for experts, left, offsets_dtype in [
+        ([5], 0, "int32"),
+        ([5], 3, "int64"),
+        ([0, 0, 0], 4, "int32"),
+        ([20, 0, 18, 1], 2, "int64"),
+        (many, 1, "int32"),
+    ]:
+        m, depth = sum(experts) + left, 32 if len(experts) > 9 else 96
+        bias = None if transposed else "float32"
+        Case(m, 24, depth, "bfloat16", "nf4", 64, PATHS[path], 256, bias, transposed, experts, offsets_dtype,
+             order=m % 3).run()  # fmt: skip
+    if path == "simt":  # every second expert begins in the middle of a byte
+        Case(9, 5, 11, "float32", path=SIMT, transposed=transposed, experts=[2, 3, 4]).run()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_offsets_that_do_not_ascend(path):
+    """As if they did: never less than the one before, never outside 0 .. m."""
+    case = Case(12, 24, 64, path=PATHS[path], experts=[4, 0, 3, 5, 0])
+    good = case.run()
+    assert np.array_equal(good, replace(case, offsets=[4, -7, 7, 99, 3]).run())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("path", [SIMT, MMA, TILE])
+def test_nan_stays_where_it_is(path, transposed):
+    """A scale that is not finite spoils the outputs that it scales, a row of x its row, and nothing else."""
+    if path == MMA and transposed:
+        return
+    case = Case(5, 136, 96, "bfloat16", "nf4", 32, path, transposed=transposed, spoil=True)
+    y = case.run().view(ml_dtypes.bfloat16).reshape(5, -1).astype(np.float32)
+    expected = np.zeros(y.shape, bool)
+    expected[2] = True
+    if transposed:
+        expected[:, 32:64] = True
+    else:
+        expected[:, 7] = True
+    assert np.array_equal(np.isnan(y), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_shape(data):
+    draw = data.draw
+    transposed = draw(st.booleans())
+    experts = draw(st.one_of(st.none(), st.lists(st.integers(0, 12), min_size=1, max_size=5)))
+    case = Case(
+        draw(st.integers(0, 40)) if experts is None else sum(experts) + draw(st.integers(0, 3)),
+        draw(st.one_of(st.integers(1, 140), st.integers(1, 10).map(lambda n: 8 * n))),
+        draw(st.one_of(st.integers(1, 300), st.integers(1, 10).map(lambda n: 32 * n))),
+        draw(st.sampled_from(sorted(DTYPES))),
+        draw(st.sampled_from(sorted(FORMATS))),
+        draw(st.sampled_from([32, 64, 128, 4096])),
+        nested=draw(st.sampled_from([0, 0, 256, 100])),
+        bias=None if transposed else draw(st.sampled_from([None, *DTYPES])),
+        transposed=transposed,
+        experts=experts,
+        order=draw(st.integers(0, 2)),
+        device=draw(st.integers(0, 2)),
+        at=draw(st.sampled_from([0, 0, 0, 4, 8])),
+    )
+    case.run()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "paths"),
+    [
+        ({"depth": 80}, (MMA, TILE)),
+        ({"dtype": "float32"}, (MMA, TILE)),
+        ({"device": OLD}, (MMA, TILE)),
+        ({"at": 8}, (TILE,)),
+        ({"at": 4}, (MMA, TILE)),
+        ({"transposed": True}, (MMA,)),
+        ({"transposed": True, "rows": 12}, (TILE,)),
+    ],
 )
-def test_any_shape(m, rows, depth, dtype, quant_type, blocksize, nested, bias, order):
-    check(m, rows, depth, dtype, quant_type, blocksize, AUTO, nested, bias, order)
-
-
-def test_mma_refuses_what_it_cannot_do():
-    for depth, blocksize, dtype in [(80, 64, "bfloat16"), (64, 64, "float32")]:
+def test_paths_refuse_what_they_cannot_do(wrong, paths):
+    for path in paths:
         with pytest.raises(AssertionError, match="invalid argument"):
-            check(1, 4, depth, dtype, "nf4", blocksize, MMA)
+            Case(**{"rows": 16, "path": path, **wrong}).run()
+
+
+def test_too_many_blocks_are_an_error():
+    """2^31 tiles and more: an error, and no launch with the number cut off."""
+    emulator = emulated()
+    emulator.reset()
+    args = Linear4(path=SIMT, format=0, blocksize=64, m=1 << 40, rows=1 << 20, depth=64)
+    args.scales.nested_blocksize = 1
+    status = emulator.api.linear4(ctypes.byref(Queue(SMALL, None)), ctypes.byref(args))
+    assert (status, emulator.fault) == (9, "")
