@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -50,9 +51,23 @@ ISA_FLAGS = {"ref": []} | FLAGS_OF_MACHINE.get(platform.machine(), {})
 
 
 CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
-CUDA_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Icuda", "--threads=2", "--compress-mode=size", "-cudart=static",
-              "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-static-libstdc++,-static-libgcc",
-              "-Xlinker=--exclude-libs,ALL", "-Xlinker=-s"]  # fmt: skip
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Icuda", "--compress-mode=size", "-cudart=static",
+              "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]  # fmt: skip
+CUDA_LINK = ["-Xcompiler=-static-libstdc++,-static-libgcc", "-Xlinker=--exclude-libs,ALL", "-Xlinker=-s"]
+
+
+# Files with instructions of one architecture alone (sm_90a code runs on 9.0 and nothing else): compiled for it only,
+# with the macro that says so, or without their kernels where that architecture is not built for.
+CUDA_OWN_ARCH = {"linear4_wgmma.cu": "90a"}
+
+
+def cuda_arch_flags(source, archs):
+    """How nvcc compiles a file when the library is built for `archs`, such as ["80", "90"]."""
+    own = CUDA_OWN_ARCH.get(Path(source).name)
+    if own and own.rstrip("a") in archs:
+        return [f"-gencode=arch=compute_{own},code=sm_{own}", f"-DHB_CUDA_SM{own.upper()}"]
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return flags + [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs[-1:]]  # PTX for later GPUs
 
 
 def sources(pattern):
@@ -144,28 +159,43 @@ class BuildExt(build_ext):
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
         wished = os.environ.get("HALFBYTE_CUDA_ARCHS", ";".join(CUDA_ARCHS)).split(";")
         archs = [arch for arch in wished if f"sm_{arch}" in listed]
-        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        gencode += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs[-1:]]  # PTX for later GPUs
-        command = [nvcc, "-shared", *CUDA_FLAGS, *gencode, *sources("cuda/*.cu"), "-o", str(target)]
-        used = sources("cuda/*.cu*") + sources("csrc/core/*.h") + sources("csrc/core/*.def")
-        digest = hashlib.sha256("\0".join(command).encode())
-        for path in used:
-            digest.update((ROOT / path).read_bytes())
-        record = Path(self.build_temp) / "libhalfbyte_cuda.sha256"  # what the library was made from
-        result = f"CUDA for {', '.join(f'sm_{a}' for a in archs)}"
-        if target.exists() and record.exists() and record.read_text() == digest.hexdigest():
-            return result
-        for folder in (target.parent, record.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode != 0 or not archs:
-            print(done.stdout + done.stderr, file=sys.stderr)
+        folder = Path(self.build_temp).absolute() / "cuda"
+        for needed in (target.parent, folder):
+            needed.mkdir(parents=True, exist_ok=True)
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        headers = sources("cuda/*.cuh") + sources("csrc/core/*.h") + sources("csrc/core/*.def")
+
+        def make(made, command, used):
+            """Whether `made` is there, made by this command of these files; runs nvcc if it has to."""
+            digest = hashlib.sha256("\0".join([*command, version]).encode())
+            for path in used:
+                digest.update((ROOT / path).read_bytes())
+            record = folder / (made.name + ".sha256")
+            if made.exists() and record.exists() and record.read_text() == digest.hexdigest():
+                return True
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode == 0:
+                record.write_text(digest.hexdigest())
+            else:
+                print(done.stdout + done.stderr, file=sys.stderr)
+            return done.returncode == 0
+
+        def compile_one(source):
+            made = folder / (Path(source).stem + ".o")
+            command = [nvcc, "-c", *CUDA_FLAGS, *cuda_arch_flags(source, archs), source, "-o", str(made)]
+            return made if make(made, command, [source, *headers]) else None
+
+        objects = [None]
+        if archs:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+                objects = list(pool.map(compile_one, sources("cuda/*.cu")))
+        link = [nvcc, "-shared", *CUDA_FLAGS, *CUDA_LINK, *map(str, objects), "-o", str(target)]
+        if None in objects or not make(target, link, objects):
             why = f"nvcc failed for {', '.join(f'sm_{a}' for a in wished)}"
             if os.environ.get("HALFBYTE_CUDA") == "1":
                 sys.exit(f"halfbyte: HALFBYTE_CUDA=1, but {why}")
             return f"CPU only ({why})"
-        record.write_text(digest.hexdigest())
-        return result
+        return f"CUDA for {', '.join(f'sm_{a}' for a in archs)}"
 
 
 # A group, because the reference folder and the core call each other's tables.

@@ -53,6 +53,19 @@ HB_DEVICE constexpr uint64_t operand_bits(uint32_t address, uint32_t leading, ui
 // A matrix in global memory with the box that one copy moves; an argument of the kernel.
 typedef CUtensorMap tensor_map;
 
+// shared_memory() for tiles: 1024-byte aligned, as kernels have no static shared memory and dynamic
+// begins at a multiple of that. A constant to the compiler, so that it goes into the instructions.
+HB_DEVICE unsigned char *shared_tiles()
+{
+    extern __shared__ __align__(1024) unsigned char hb_shared_tiles[];
+    return hb_shared_tiles;
+}
+
+// A value that is the same in all lanes of a full warp, so that the compiler knows it.
+HB_DEVICE int warp_uniform(int value)
+{
+    return __shfl_sync(0xffffffffu, value, 0);
+}
 
 // Barriers in shared memory, 8-byte aligned. Each phase ends when `count` threads have arrived and
 // the bytes that they announced have come; wait returns when the phase of this parity has ended

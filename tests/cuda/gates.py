@@ -123,6 +123,8 @@ def compile_cubin(source: Path, arch: str) -> tuple[str, str]:
     wanted = [
         f for f in setup_module().CUDA_FLAGS if not f.startswith(("-X", "--threads", "--compress", "-cudart"))
     ]
+    own = setup_module().CUDA_OWN_ARCH.get(source.name) == arch
+    wanted += [f"-DHB_CUDA_SM{arch.upper()}"] if own else []
     command = [nvcc(), "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", *wanted, str(source)]
     disassembler = tool("nvdisasm", "nvidia-cuda-nvdisasm")
     digest = hashlib.sha256("\0".join([*command, disassembler, nvcc_version()]).encode())

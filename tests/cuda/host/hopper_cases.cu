@@ -35,12 +35,6 @@ struct pipeline_args {
     tensor_map a;      // [64, 64]
 };
 
-HB_DEVICE unsigned char *aligned_shared()
-{
-    unsigned char *p = shared_memory();
-    return p + (-shared_address(p) & 1023);
-}
-
 HB_DEVICE void write_out(float *out, const float *d)
 {
     const int row = 16 * warp_index() + lane_index() / 4;
@@ -52,8 +46,8 @@ HB_DEVICE void write_out(float *out, const float *d)
 // out = A B: a tensor copy brings A, the threads store B.
 template <int FAULT> HB_KERNEL_FITTING(160, 1) pipeline(HB_ARGS pipeline_args a)
 {
-    unsigned char *a_tile = aligned_shared() + (FAULT == BOX_MISALIGNED ? 512 : 0);
-    unsigned char *b_tile = aligned_shared() + 9216;
+    unsigned char *a_tile = shared_tiles() + (FAULT == BOX_MISALIGNED ? 512 : 0);
+    unsigned char *b_tile = shared_tiles() + 9216;
     uint64_t *full = (uint64_t *)(b_tile + 16384);
     if (thread_index() == 0) {
         mbarrier_init(full, 129);
@@ -105,7 +99,7 @@ template <int FAULT> HB_KERNEL_FITTING(160, 1) pipeline(HB_ARGS pipeline_args a)
 typedef int launcher(const pipeline_args &);
 template <int FAULT> int pipeline_launch(const pipeline_args &a)
 {
-    return HB_LAUNCH((pipeline<FAULT>), 1, 160, 9216 + 16384 + 8 + 1024, nullptr, a);
+    return HB_LAUNCH((pipeline<FAULT>), 1, 160, 9216 + 16384 + 8, nullptr, a);
 }
 
 struct product_args {
@@ -118,7 +112,7 @@ struct product_args {
 // out = 2 A B, operands at byte a and b of the image.
 HB_KERNEL_FITTING(128, 1) product_of_image(HB_ARGS product_args a)
 {
-    unsigned char *image = aligned_shared();
+    unsigned char *image = shared_tiles();
     for (int64_t i = thread_index(); i < a.bytes / 16; i += 128)
         shared_store((uint4 *)image + i, load((const uint4 *)a.image + i));
     fence_async_proxy();
@@ -150,7 +144,7 @@ struct ring_args {
 HB_KERNEL_FITTING(96, 1) ring(HB_ARGS ring_args a)
 {
     enum { STEPS = 5, STAGES = 2, BOX = 8192 };
-    unsigned char *tile = aligned_shared();
+    unsigned char *tile = shared_tiles();
     uint64_t *full = (uint64_t *)(tile + STAGES * BOX), *empty = full + STAGES;
     if (thread_index() == 95) {
         for (int s = 0; s < STAGES; s++) {
@@ -203,7 +197,7 @@ EXPORTED hopper_product(const uint8_t *image, float *out, int64_t bytes, int32_t
                         int32_t a_stride, int32_t b_leading, int32_t b_stride, int32_t b_mn_major)
 {
     product_args args = {image, out, bytes, a, b, a_stride, b_leading, b_stride, b_mn_major};
-    return HB_LAUNCH(product_of_image, 1, 128, bytes + 1024, nullptr, args);
+    return HB_LAUNCH(product_of_image, 1, 128, bytes, nullptr, args);
 }
 
 EXPORTED hopper_ring(const uint16_t *in, uint16_t *out, int64_t rows, int64_t columns)
@@ -211,7 +205,7 @@ EXPORTED hopper_ring(const uint16_t *in, uint16_t *out, int64_t rows, int64_t co
     ring_args args = {in, out, rows, columns, {}};
     const int status = tensor_map_make(&args.map, 2, in, rows, columns, 64);
     if (status != 0) return status;
-    return HB_LAUNCH(ring, 1, 96, 2 * 8192 + 32 + 1024, nullptr, args);
+    return HB_LAUNCH(ring, 1, 96, 2 * 8192 + 32, nullptr, args);
 }
 
 EXPORTED hopper_swizzle(int offset)

@@ -42,6 +42,14 @@ void product_start(const product &what, float *d);
 
 } // namespace hb_host
 
+static inline unsigned char *shared_tiles()
+{
+    return shared_memory();
+}
+static inline int warp_uniform(int value)
+{
+    return value;
+}
 static inline void mbarrier_init(uint64_t *barrier, int count)
 {
     hb_host::barrier_init(barrier, count);
