@@ -118,6 +118,7 @@ class Device:
             self.framework.set_stream(0, device)
         self.recorder.recorder_fail(ctypes.c_long(-1), 0)
         self.recorder.recorder_workspace(ctypes.c_int64(-1))
+        self.recorder.recorder_skip(0)
         fault = self.emulator.fault
         assert fault == "", fault
 
@@ -139,6 +140,10 @@ class Device:
     def fail(self, after: int, status: int = 719) -> None:
         """All launches fail when `after` more have been made."""
         self.recorder.recorder_fail(ctypes.c_long(after), status)
+
+    def skip(self, skip: bool) -> None:
+        """Launches succeed and no kernel runs: what is left is the host's part."""
+        self.recorder.recorder_skip(int(skip))
 
     def workspace(self, size: int) -> None:
         """Launches that can take a workspace want one of `size` bytes (-1: what they need)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -239,12 +240,13 @@ def test_no_stream(name):
         call()
 
 
+@pytest.mark.parametrize("shift", [64, 4])
 @pytest.mark.parametrize("name", RUNNING)
-def test_memory_that_is_hardly_aligned(name):
-    """The allocator's memory begins at a multiple of 64 only."""
+def test_memory_that_is_hardly_aligned(name, shift):
+    """The allocator's memory begins `shift` bytes past a multiple of 256: outputs, copies, workspaces and tables."""
     call = runner(name)
     expected = flatten(call())
-    device.framework.knobs(shift=64)
+    device.framework.knobs(shift=shift)
     for want, got in zip(expected, flatten(call()), strict=True):
         np.testing.assert_array_equal(got.view("u1"), want.view("u1"))
 
@@ -273,3 +275,30 @@ def test_workspace(name, call, size):
     device.workspace(-1)
     gc.collect()
     assert device.framework.counts()[:2] == live
+
+
+# ---- cost ------------------------------------------------------------------------------------------------
+
+COSTS = {
+    "out given": lambda layer, x, out: layer(x, out=out),
+    "out made": lambda layer, x, out: layer(x),
+}
+
+
+@pytest.mark.no_asan(reason="times calls")
+@pytest.mark.parametrize("name", COSTS)
+def test_host_cost_of_a_call(name):
+    """At most 2 us to the launcher and back, on a busy machine too: the least of many runs, in up to three attempts."""
+    layer = _C.Linear4bit(_C.Params4bit.quantize(device.gpu(W)), device.gpu(BIAS))
+    x, out = device.gpu(X), device.gpu(np.zeros((3, ROWS), "f4"))
+    call = COSTS[name]
+    device.skip(True)
+    best = float("inf")
+    for _ in range(3 * 60):
+        begin = time.perf_counter()
+        for _ in range(50):
+            call(layer, x, out)
+        best = min(best, (time.perf_counter() - begin) / 50)
+        if best < 2e-6:
+            return
+    assert best < 2e-6

@@ -10,6 +10,7 @@ static const hb_cuda_api *real;
 static hb_cuda_api table;
 static long fail_after = -1; // launches until one fails; -1: none
 static int fail_status;
+static int skip;                     // launches do nothing
 static int64_t workspace_bytes = -1; // what workspaces are asked for; -1: what the kernels say
 static int bad_workspace;            // one that was NULL, misaligned or too small to write to
 static struct {
@@ -43,7 +44,7 @@ static void use_workspace(void *workspace)
     static int my_##entry(const hb_cuda_queue *queue, const type *args)                            \
     {                                                                                              \
         int status = note(#entry, queue);                                                          \
-        return status != 0 ? status : real->entry(queue, args);                                    \
+        return status != 0 || skip ? status : real->entry(queue, args);                            \
     }
 #define WRAP_WORKSPACE(entry, type)                                                                \
     static int64_t my_##entry##_workspace(const hb_cuda_queue *queue, const type *args)            \
@@ -55,7 +56,7 @@ static void use_workspace(void *workspace)
     {                                                                                              \
         int status = note(#entry, queue);                                                          \
         use_workspace(args->workspace);                                                            \
-        return status != 0 ? status : real->entry(queue, args);                                    \
+        return status != 0 || skip ? status : real->entry(queue, args);                            \
     }
 WRAP(copy, hb_cuda_copy)
 WRAP(upload, hb_cuda_upload)
@@ -105,6 +106,12 @@ void recorder_fail(long after, int status)
 {
     fail_after = after;
     fail_status = status;
+}
+
+// Launches are noted and succeed, and no kernel runs.
+void recorder_skip(int on)
+{
+    skip = on;
 }
 
 void recorder_workspace(int64_t bytes)
