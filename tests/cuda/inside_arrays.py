@@ -488,6 +488,32 @@ def test_thresholds_and_names_are_checked_before_any_launch():
     assert device.launches == launches
 
 
+def test_paged_states():
+    """Managed memory that says it is the processor's (kDLCPU) is a state's; ordinary memory of the processor is not."""
+    rng = np.random.default_rng(5)
+    n = 600
+    g = rng.standard_normal(n).astype("f4")
+
+    def step(put, put_state):
+        p, states = put(np.ones(n, "f4")), [put_state(np.full(n, c, "u1")) for c in (127, 0)]
+        scales = [put_state(np.ones(3, "f4")) for _ in range(2)]
+        entry = (p, put(g), *states, *scales, None, 1)
+        _C.optimizer_step("adam", [entry], lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, map1="dynamic",
+                          map2="dynamic_unsigned")  # fmt: skip
+        return [p, *states, *scales]
+
+    expected = step(device.gpu, device.gpu)
+    paged = step(device.gpu, lambda a: device.gpu(a, kind=1))
+    for want, got in zip(expected, paged, strict=True):
+        np.testing.assert_array_equal(host(got), host(want))
+    with pytest.raises(ValueError, match="state1, expected an array on cuda:0 as the others, got one on cpu"):
+        step(device.gpu, lambda a: a)
+    with pytest.raises(ValueError, match="g, expected an array on cuda:0"):
+        _C.optimizer_step(
+            "lion", [(*map(device.gpu, [g]), device.gpu(g, kind=1), device.gpu(g), *[None] * 4, 1)], lr=0.1
+        )
+
+
 def test_managed_memory():
     capsule = _C.cuda_managed_memory(1, 64)
     absmax = device.gpu(np.zeros(1, "f4"), 1)
