@@ -26,7 +26,7 @@ def placed(array, offset=0):
 
 
 def product(m, rows, depth, dtype="bfloat16", quant_type="nf4", blocksize=64, nested=False, bias=None,
-            transposed=False, order=0, completion=None, split=True, shift=0, y_shift=0, poison=False):  # fmt: skip
+            transposed=False, order=0, completion=None, split=True, shift=0, y_shift=0, poison=None):  # fmt: skip
     """Runs the kernel; returns y, what float64 makes of the same weights, and the bound of the difference."""
     rng = np.random.default_rng(m * 1000003 + rows * 1009 + depth)
     w = rng.standard_normal(rows * depth).astype(np.float32)
@@ -35,6 +35,9 @@ def product(m, rows, depth, dtype="bfloat16", quant_type="nf4", blocksize=64, ne
     x = placed(rng.standard_normal((m, k)).astype(NUMPY[dtype]))
     y = placed(np.zeros((m, columns), NUMPY[dtype]), y_shift)
     packed = placed(packed, shift)
+    absmax = np.array(absmax)
+    if poison:
+        absmax[absmax.size * 2 // 3] = poison
 
     emulator = emulated()
     emulator.reset(order, seed=rows, completion=completion)
@@ -114,6 +117,20 @@ def test_tails(depth, transposed):
     check(19, 16, depth, blocksize=32, transposed=transposed, quant_type="fp4")
     if not transposed:
         check(65, 131, depth, blocksize=128, nested=True, bias="bfloat16", y_shift=2)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nonfinite_scales_stay_where_they_are(transposed, poison):
+    """One bad block: the outputs that meet it are NaN or infinite, and no others, tails of tiles included."""
+    for depth, rows in [(40, 16), (96, 72), (200, 136)]:
+        with np.errstate(invalid="ignore"):
+            y, expected, bound = product(18, rows, depth, transposed=transposed, blocksize=32, poison=poison)
+        y = y.astype(np.float64)
+        good = np.isfinite(expected)
+        assert 0 < good.sum() < good.size
+        assert np.array_equal(np.isfinite(y), good)
+        assert (np.abs(y[good] - expected[good]) <= bound[good]).all()
 
 
 def test_codes_at_any_word():
