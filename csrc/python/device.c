@@ -153,7 +153,8 @@ int hb_memory_copy(hb_state *state, const char *function, const hb_device *devic
     hb_view to = from;
     to.data = target;
     hb_error error;
-    hb_status status = hb_copy_cuda(function, &from, &to, &error);
+    hb_status status;
+    HB_WITHOUT_GIL(status, hb_copy_cuda(function, &from, &to, &error));
     if (status != HB_OK) hb_raise(state, status, &error);
     return status == HB_OK ? 0 : -1;
 }
@@ -219,7 +220,8 @@ int hb_device_own(hb_state *state, const char *function, hb_array *array)
     if (owner == NULL) return -1;
     const hb_view dense = contiguous_at(&array->view, data);
     hb_error error;
-    hb_status status = copy_any(function, &array->view, &dense, &error);
+    hb_status status;
+    HB_WITHOUT_GIL(status, copy_any(function, &array->view, &dense, &error));
     if (status != HB_OK) {
         Py_DECREF(owner);
         hb_raise(state, status, &error);
@@ -248,7 +250,8 @@ int hb_stage_strided(const char *function, hb_array *out, hb_view *target)
 int hb_stage_end(hb_state *state, const char *function, const hb_array *out, const hb_view *target)
 {
     hb_error error;
-    hb_status status = hb_copy_cuda(function, &out->view, target, &error);
+    hb_status status;
+    HB_WITHOUT_GIL(status, hb_copy_cuda(function, &out->view, target, &error));
     if (status == HB_OK) return 0;
     hb_raise(state, status, &error);
     return -1;
@@ -267,8 +270,9 @@ int hb_table_move(hb_state *state, const char *function, const char *name, const
     PyObject *owner = hb_memory_new(function, origin, 1, &bytes, &data);
     if (owner == NULL) return -1;
     hb_error error;
-    hb_status status =
-        hb_upload_cuda(function, &origin->device, view->data, (int)numel, data, &error);
+    hb_status status;
+    HB_WITHOUT_GIL(status,
+                   hb_upload_cuda(function, &origin->device, view->data, (int)numel, data, &error));
     if (status != HB_OK) {
         Py_DECREF(owner);
         hb_raise(state, status, &error);

@@ -4,8 +4,9 @@
 // A call works on one device, on the current stream of the framework of its first array. Memory
 // that it takes for a moment comes from that framework's allocator and is given back when the
 // kernels are launched, not when they have run: such allocators reuse memory in the order of the
-// stream. Producers that only have __dlpack__ are asked to be ready for the legacy default stream,
-// which the call then uses; they cannot give memory, so that results need out= there.
+// stream. The GIL is released around every launch, which may wait for room in the stream. Producers
+// that only have __dlpack__ are asked to be ready for the legacy default stream, which the call
+// then uses; they cannot give memory, so that results need out= there.
 #ifndef HB_PYTHON_DEVICE_H
 #define HB_PYTHON_DEVICE_H
 

@@ -70,7 +70,8 @@ static int nest(hb_state *state, const char *function, const hb_origin *origin, 
     hb_error error;
     hb_status status = HB_OK;
     if (cuda) {
-        status = hb_upload_cuda(function, &origin->device, map, 256, part[3], &error);
+        HB_WITHOUT_GIL(status,
+                       hb_upload_cuda(function, &origin->device, map, 256, part[3], &error));
         map = part[3];
         tensor->nested_offset_at = part[2];
     }

@@ -353,6 +353,7 @@ def test_offset_on_the_device_is_not_read():
     run(device.gpu(np.array([offset], "f4")))
     run(offset)
     run(np.array(offset, "f4"))
+    run(np.float32(offset))
     run(offset, MAP)  # the map of the processor
     with pytest.raises(TypeError, match="nested_offset, expected dtype float32, got float64"):
         run(device.gpu(np.float64(offset)))
