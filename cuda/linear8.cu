@@ -137,6 +137,12 @@ bool is_fused(const hb_cuda_queue *queue, const hb_cuda_linear8 &a)
     return is_dynamic(a) && is_few(queue, a) && hb_cuda_linear8_few_fuses(a);
 }
 
+// The exact mode or a gradient on tensor cores.
+bool is_wide(const hb_cuda_queue *queue, const hb_cuda_linear8 &a)
+{
+    return (a.path == HB_CUDA_AUTO || a.path == HB_CUDA_MMA) && hb_cuda_linear8_wide_fits(queue, a);
+}
+
 // The product of integers.
 int product(const hb_cuda_queue *queue, const linear8_job &job)
 {
@@ -153,8 +159,10 @@ int product(const hb_cuda_queue *queue, const linear8_job &job)
 
 int64_t hb_cuda_linear8_workspace(const hb_cuda_queue *queue, const hb_cuda_linear8 *args)
 {
-    if (is_empty(*args) || !is_dynamic(*args) || is_fused(queue, *args)) return 0;
-    return layout_of(*args).bytes;
+    if (is_empty(*args)) return 0;
+    if (!is_dynamic(*args))
+        return is_wide(queue, *args) ? hb_cuda_linear8_wide_workspace(*args) : 0;
+    return is_fused(queue, *args) ? 0 : layout_of(*args).bytes;
 }
 
 int hb_cuda_launch_linear8(const hb_cuda_queue *queue, const hb_cuda_linear8 *args)
@@ -163,8 +171,11 @@ int hb_cuda_launch_linear8(const hb_cuda_queue *queue, const hb_cuda_linear8 *ar
     linear8_job job = {};
     job.a = *args;
     if (!is_dynamic(*args)) {
-        if (args->path != HB_CUDA_SIMT && hb_cuda_linear8_wide_fits(queue, *args))
+        if (is_wide(queue, *args)) {
+            if (hb_cuda_linear8_wide_workspace(*args) > 0 && args->workspace == nullptr)
+                return HB_CUDA_INVALID;
             return hb_cuda_launch_linear8_wide(queue, job);
+        }
         if (args->path != HB_CUDA_AUTO && args->path != HB_CUDA_SIMT) return HB_CUDA_INVALID;
         return hb_cuda_launch_linear8_simt(queue, job);
     }

@@ -23,7 +23,10 @@ struct linear8_job {
     const int8_t *x_codes;
     const float *x_scale;
     const int32_t *columns, *n_columns;
-    int32_t *c;              // not NULL: only the integer sums are wanted, [m, rows]
+    int32_t *c; // not NULL: only the integer sums are wanted, [m, rows]
+    // x as the sum of three bfloat16, [3][m][pitch] (linear8_wide.cu).
+    uint16_t *planes;
+    int64_t pitch;
     int64_t x_tiles, blocks; // of the launch
 };
 
@@ -86,6 +89,7 @@ bool hb_cuda_linear8_few_fuses(const hb_cuda_linear8 &a);
 int hb_cuda_launch_linear8_few(const hb_cuda_queue *queue, const linear8_job &job);
 // The exact mode and gradients.
 bool hb_cuda_linear8_wide_fits(const hb_cuda_queue *queue, const hb_cuda_linear8 &a);
+int64_t hb_cuda_linear8_wide_workspace(const hb_cuda_linear8 &a);
 int hb_cuda_launch_linear8_wide(const hb_cuda_queue *queue, const linear8_job &job);
 // path: TILE, TILE_SMALL, or AUTO between these two.
 bool hb_cuda_linear8_tile_fits(const hb_cuda_queue *queue, const linear8_job &job);

@@ -3,7 +3,8 @@
 //
 // The codes become 16-bit floats in registers, exactly. x of 16 bits goes in as it is; float32 x,
 // and for gradients x times scale / 127 in float32, as the sum of three bfloat16, exactly, at three
-// mma instead of one. So every product is exact and every sum float32, as on the CPU.
+// mma instead of one. So every product is exact and every sum float32, as on the CPU. The three
+// parts are made first, by a kernel of their own, into the workspace: every block needs them.
 //
 //   exact      as linear8_few.cu: 16 rows of W a block, lane (g, t) 16 bytes of rows g and g + 8 of
 //   a
@@ -27,9 +28,12 @@ enum {
     WARPS = THREADS / HB_LANES,
     ROWS = 16, // of W, a block of the exact mode, and at a time of gradients
     CHUNK = 64,
-    AHEAD = 2,   // chunks of a warp under way: exact
-    STEPS = 4,   // and of gradients
-    COLUMNS = 32 // of W, a block of gradients
+    AHEAD = 2,             // chunks of a warp under way: exact
+    STEPS = 4,             // and of gradients
+    COLUMNS = 32,          // of W, a block of gradients
+    SPLIT_ROWS = 8,        // of x, a block that splits them
+    SPLIT_EACH = 4,        // elements of a row, a thread
+    MOST_BYTES = 32 << 20, // of split rows at a time; without experts more are done in turns
 };
 
 // Four codes as two pairs of 16-bit floats (TYPE 1 bfloat16, 2 float16), exactly.
@@ -58,40 +62,64 @@ HB_DEVICE void split_pair(float first, float second, uint32_t *terms, int stride
     for (int term = 0; term < 3; term++) terms[term * stride] = a[term] | (uint32_t)b[term] << 16;
 }
 
+HB_DEVICE void store_io(int io, void *y, int64_t i, float value)
+{
+    switch (io) {
+    case 0: return store_float<0>(y, i, value);
+    case 1: return store_float<1>(y, i, value);
+    default: return store_float<2>(y, i, value);
+    }
+}
+
 // y of the rows of x that meet nobody.
-template <int IO>
-HB_DEVICE void store_zeros(void *y, const expert_rows &rows, int64_t outputs, int64_t first,
-                           int64_t most)
+HB_DEVICE void store_zeros(const hb_cuda_linear8 &a, const expert_rows &rows, int64_t outputs,
+                           int64_t first, int64_t most)
 {
     const int n = (int)(outputs - first < most ? outputs - first : most);
     for (int i = thread_index(); i < (int)(rows.end - rows.begin) * n; i += THREADS)
-        store_float<IO>(y, (rows.begin + i / n) * outputs + first + i % n, 0.0f);
+        store_io(a.io_dtype, a.y, (rows.begin + i / n) * outputs + first + i % n, 0.0f);
+}
+
+// ---- x in three parts ---------------------------------------------------------------------------
+
+// planes [3][m][pitch]: x, or for gradients x * (scale / 127); 0 behind the steps.
+template <int IO> HB_KERNEL(THREADS) linear8_split_kernel(HB_ARGS linear8_job job)
+{
+    const hb_cuda_linear8 &a = job.a;
+    const uint32_t block = (uint32_t)block_index(), x_tiles = (uint32_t)job.x_tiles;
+    const int64_t step = ((int64_t)(block / x_tiles) * THREADS + thread_index()) * SPLIT_EACH;
+    const int64_t steps = a.transposed ? a.rows : a.depth;
+    const expert_rows rows = expert_find(a, block % x_tiles, SPLIT_ROWS);
+    if (step >= job.pitch || rows.expert < 0) return;
+    float factor[SPLIT_EACH];
+#pragma unroll
+    for (int e = 0; e < SPLIT_EACH; e++)
+        factor[e] = !a.transposed      ? 1.0f
+                    : step + e < steps ? linear8_factor(a.scale, rows.expert * a.rows + step + e)
+                                       : 0.0f;
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+        float x[SPLIT_EACH];
+#pragma unroll
+        for (int e = 0; e < SPLIT_EACH; e++)
+            x[e] = step + e < steps ? mul_rn(load_float<IO>(a.x, row * steps + step + e), factor[e])
+                                    : 0.0f;
+        uint32_t words[3][2];
+        split_pair(x[0], x[1], words[0], 2);
+        split_pair(x[2], x[3], words[0] + 1, 2);
+#pragma unroll
+        for (int term = 0; term < 3; term++)
+            store((uint2 *)(job.planes + (term * a.m + row) * job.pitch + step),
+                  uint2{words[term][0], words[term][1]});
+    }
 }
 
 // ---- exact --------------------------------------------------------------------------------------
 
-// 16 k of a row of x from `p` on, as the fragments of TERMS mma: 8 words of two elements each.
-template <int IO, int TERMS> HB_DEVICE void row_load(const void *x, int64_t i, uint32_t (*words)[8])
+template <int TYPE, int TERMS, int TILES>
+HB_KERNEL(THREADS)
+linear8_exact_kernel(HB_ARGS linear8_job job)
 {
-    if constexpr (IO == 0) {
-        const uint4 *p = (const uint4 *)((const float *)x + i);
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const uint4 four = load(p + n);
-            split_pair(bits_float(four.x), bits_float(four.y), words[0] + 2 * n, 8);
-            split_pair(bits_float(four.z), bits_float(four.w), words[0] + 2 * n + 1, 8);
-        }
-    } else {
-        const uint4 *p = (const uint4 *)((const uint16_t *)x + i);
-        const uint4 a = load(p), b = load(p + 1);
-        words[0][0] = a.x, words[0][1] = a.y, words[0][2] = a.z, words[0][3] = a.w;
-        words[0][4] = b.x, words[0][5] = b.y, words[0][6] = b.z, words[0][7] = b.w;
-    }
-}
-
-template <int IO, int TILES> HB_KERNEL(THREADS) linear8_exact_kernel(HB_ARGS linear8_job job)
-{
-    enum { X = 8 * TILES, PITCH = 20, TERMS = IO == 0 ? 3 : 1, TYPE = IO == 2 ? 2 : 1 };
+    enum { X = 8 * TILES, PITCH = 20 };
     const hb_cuda_linear8 &a = job.a;
     float *sums = (float *)shared_memory(); // [WARPS][X][PITCH]
     const int g = lane_index() / 4, t = lane_index() % 4;
@@ -99,8 +127,10 @@ template <int IO, int TILES> HB_KERNEL(THREADS) linear8_exact_kernel(HB_ARGS lin
     const int64_t first = (int64_t)(block / x_tiles) * ROWS;
     const expert_rows rows = expert_find(a, block % x_tiles, X);
     if (rows.begin >= rows.end) return;
-    if (rows.expert < 0) return store_zeros<IO>(a.y, rows, a.rows, first, ROWS);
+    if (rows.expert < 0) return store_zeros(a, rows, a.rows, first, ROWS);
     const int n_x = (int)(rows.end - rows.begin), depth = (int)a.depth;
+    const uint16_t *x = TERMS == 1 ? (const uint16_t *)a.x : job.planes;
+    const int64_t pitch = TERMS == 1 ? a.depth : job.pitch;
     const int8_t *w[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) { // rows behind the last are read as the last
@@ -132,14 +162,21 @@ template <int IO, int TILES> HB_KERNEL(THREADS) linear8_exact_kernel(HB_ARGS lin
             }
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                uint32_t words[TERMS][8] = {{0}};
-                if (8 * tile + g < n_x && k < depth)
-                    row_load<IO, TERMS>(a.x, (rows.begin + 8 * tile + g) * a.depth + k, words);
+                const bool is_there = 8 * tile + g < n_x && k < depth;
+                const uint16_t *row = x + (rows.begin + 8 * tile + g) * pitch + k;
 #pragma unroll
-                for (int term = 0; term < TERMS; term++)
+                for (int term = 0; term < TERMS; term++) {
+                    uint4 low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
+                    if (is_there) {
+                        low = load((const uint4 *)(row + term * a.m * pitch));
+                        high = load((const uint4 *)(row + term * a.m * pitch) + 1);
+                    }
+                    const uint32_t words[8] = {low.x,  low.y,  low.z,  low.w,
+                                               high.x, high.y, high.z, high.w};
 #pragma unroll
                     for (int step = 0; step < 4; step++)
-                        mma_16x8x16<TYPE>(sum[tile], fragment[step], words[term] + 2 * step);
+                        mma_16x8x16<TYPE>(sum[tile], fragment[step], words + 2 * step);
+                }
             }
         }
     }
@@ -157,20 +194,14 @@ template <int IO, int TILES> HB_KERNEL(THREADS) linear8_exact_kernel(HB_ARGS lin
         float total = 0.0f;
         for (int warp = 0; warp < WARPS; warp++)
             total += shared_load(sums + (warp * X + i / ROWS) * PITCH + i % ROWS);
-        store_float<IO>(a.y, (rows.begin + i / ROWS) * a.rows + row,
-                        linear8_finish(a, rows.expert * a.rows + row, total));
+        store_io(a.io_dtype, a.y, (rows.begin + i / ROWS) * a.rows + row,
+                 linear8_finish(a, rows.expert * a.rows + row, total));
     }
 }
 
 // ---- gradients ----------------------------------------------------------------------------------
 
-// What a lane has of 16 rows of W: four columns of each of four rows, and their scale / 127.
-struct block_data {
-    uint32_t codes[4];
-    float factor[4];
-};
-
-template <int IO, int TILES> HB_KERNEL(THREADS) linear8_gradient_kernel(HB_ARGS linear8_job job)
+template <int TILES> HB_KERNEL(THREADS) linear8_gradient_kernel(HB_ARGS linear8_job job)
 {
     enum { X = 8 * TILES, PITCH = COLUMNS + 4 };
     const hb_cuda_linear8 &a = job.a;
@@ -180,29 +211,26 @@ template <int IO, int TILES> HB_KERNEL(THREADS) linear8_gradient_kernel(HB_ARGS 
     const int64_t first = (int64_t)(block / x_tiles) * COLUMNS;
     const expert_rows rows = expert_find(a, block % x_tiles, X);
     if (rows.begin >= rows.end) return;
-    if (rows.expert < 0) return store_zeros<IO>(a.y, rows, a.depth, first, COLUMNS);
+    if (rows.expert < 0) return store_zeros(a, rows, a.depth, first, COLUMNS);
     const int n_x = (int)(rows.end - rows.begin);
     // Columns behind the last are read as the first and not stored.
     const int64_t k = first + 4 * g < a.depth ? first + 4 * g : first;
+    const int8_t *w = a.codes + rows.expert * a.rows * a.depth + k;
     float sum[TILES][2][4] = {{{0.0f}}};
     for (int64_t base = warp_index() * ROWS + 4 * t; base - 4 * t < a.rows;
          base += STEPS * WARPS * ROWS) {
-        block_data data[STEPS];
+        uint32_t data[STEPS][4]; // four columns of each of four rows
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 const int64_t row = base + i * WARPS * ROWS + n;
-                const int64_t stacked = rows.expert * a.rows + row;
-                data[i].codes[n] =
-                    row < a.rows ? load_once((const uint32_t *)(a.codes + stacked * a.depth + k))
-                                 : 0;
-                data[i].factor[n] = row < a.rows ? linear8_factor(a.scale, stacked) : 0.0f;
+                data[i][n] = row < a.rows ? load_once((const uint32_t *)(w + row * a.depth)) : 0;
             }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             const int64_t row = base + i * WARPS * ROWS;
-            const uint32_t *codes = data[i].codes;
+            const uint32_t *codes = data[i];
             uint32_t fragment[2][4];
 #pragma unroll
             for (int half = 0; half < 2; half++) { // rows 4t, 4t + 1, and 4t + 2, 4t + 3
@@ -215,23 +243,17 @@ template <int IO, int TILES> HB_KERNEL(THREADS) linear8_gradient_kernel(HB_ARGS 
             }
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
-                float x[4];
+                const bool is_there = 8 * tile + g < n_x && row < a.rows;
+                const uint16_t *x = job.planes + (rows.begin + 8 * tile + g) * job.pitch + row;
 #pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    const int64_t j = rows.begin + 8 * tile + g;
-                    const bool is_there = 8 * tile + g < n_x && row + n < a.rows;
-                    x[n] = is_there ? mul_rn(load_float<IO>(a.x, j * a.rows + row + n),
-                                             data[i].factor[n])
-                                    : 0.0f;
-                }
-                uint32_t words[3][2];
-                split_pair(x[0], x[1], words[0], 2);
-                split_pair(x[2], x[3], words[0] + 1, 2);
-#pragma unroll
-                for (int term = 0; term < 3; term++)
+                for (int term = 0; term < 3; term++) {
+                    uint2 four = {0, 0};
+                    if (is_there) four = load((const uint2 *)(x + term * a.m * job.pitch));
+                    const uint32_t words[2] = {four.x, four.y};
 #pragma unroll
                     for (int half = 0; half < 2; half++)
-                        mma_16x8x16<1>(sum[tile][half], fragment[half], words[term]);
+                        mma_16x8x16<1>(sum[tile][half], fragment[half], words);
+                }
             }
         }
     }
@@ -251,27 +273,69 @@ template <int IO, int TILES> HB_KERNEL(THREADS) linear8_gradient_kernel(HB_ARGS 
         float total = 0.0f;
         for (int warp = 0; warp < WARPS; warp++)
             total += shared_load(sums + (warp * X + i / COLUMNS) * PITCH + i % COLUMNS);
-        store_float<IO>(a.y, (rows.begin + i / COLUMNS) * a.depth + column, total);
+        store_io(a.io_dtype, a.y, (rows.begin + i / COLUMNS) * a.depth + column, total);
     }
 }
 
-template <int IO, int TILES> int launch(const hb_cuda_queue *queue, const linear8_job &job)
+template <int TILES> int launch(const hb_cuda_queue *queue, const linear8_job &job)
 {
     linear8_job sized = job;
     sized.x_tiles = expert_tiles(job.a, 8 * TILES);
     if (job.a.transposed)
-        return HB_LAUNCH((linear8_gradient_kernel<IO, TILES>),
+        return HB_LAUNCH((linear8_gradient_kernel<TILES>),
                          hb_ceil_div(job.a.depth, (int64_t)COLUMNS) * sized.x_tiles, THREADS,
                          WARPS * 8 * TILES * (COLUMNS + 4) * 4, queue->stream, sized);
-    return HB_LAUNCH((linear8_exact_kernel<IO, TILES>),
-                     hb_ceil_div(job.a.rows, (int64_t)ROWS) * sized.x_tiles, THREADS,
-                     WARPS * 8 * TILES * 20 * 4, queue->stream, sized);
+    const int64_t blocks = hb_ceil_div(job.a.rows, (int64_t)ROWS) * sized.x_tiles;
+    const int bytes = WARPS * 8 * TILES * 20 * 4;
+    switch (job.a.io_dtype) {
+    case HB_F32:
+        return HB_LAUNCH((linear8_exact_kernel<1, 3, TILES>), blocks, THREADS, bytes, queue->stream,
+                         sized);
+    case HB_BF16:
+        return HB_LAUNCH((linear8_exact_kernel<1, 1, TILES>), blocks, THREADS, bytes, queue->stream,
+                         sized);
+    default:
+        return HB_LAUNCH((linear8_exact_kernel<2, 1, TILES>), blocks, THREADS, bytes, queue->stream,
+                         sized);
+    }
 }
 
-template <int IO> int launch(const hb_cuda_queue *queue, const linear8_job &job)
+int split(const hb_cuda_queue *queue, const linear8_job &job)
 {
-    const int64_t each = job.a.offsets != nullptr ? job.a.m / job.a.experts : job.a.m;
-    return each <= 8 ? launch<IO, 1>(queue, job) : launch<IO, 2>(queue, job);
+    linear8_job sized = job;
+    sized.x_tiles = expert_tiles(job.a, SPLIT_ROWS);
+    const int64_t blocks = hb_ceil_div(job.pitch, (int64_t)THREADS * SPLIT_EACH) * sized.x_tiles;
+    switch (job.a.io_dtype) {
+    case HB_F32:
+        return HB_LAUNCH((linear8_split_kernel<HB_F32>), blocks, THREADS, 0, queue->stream, sized);
+    case HB_BF16:
+        return HB_LAUNCH((linear8_split_kernel<HB_BF16>), blocks, THREADS, 0, queue->stream, sized);
+    default:
+        return HB_LAUNCH((linear8_split_kernel<HB_F16>), blocks, THREADS, 0, queue->stream, sized);
+    }
+}
+
+bool needs_split(const hb_cuda_linear8 &a)
+{
+    return a.transposed || a.io_dtype == HB_F32;
+}
+
+int64_t steps_of(const hb_cuda_linear8 &a)
+{
+    return a.transposed ? a.rows : a.depth;
+}
+
+int64_t pitch_of(const hb_cuda_linear8 &a)
+{
+    return hb_ceil_div(steps_of(a), (int64_t)16) * 16;
+}
+
+// Rows of x at a time.
+int64_t turn_of(const hb_cuda_linear8 &a)
+{
+    if (!needs_split(a) || a.offsets != nullptr || pitch_of(a) == 0) return a.m;
+    const int64_t rows = MOST_BYTES / (pitch_of(a) * 6) / 16 * 16;
+    return a.m <= rows ? a.m : rows > 16 ? rows : 16;
 }
 
 bool aligned_to(const void *p, uintptr_t bytes)
@@ -285,14 +349,32 @@ bool hb_cuda_linear8_wide_fits(const hb_cuda_queue *queue, const hb_cuda_linear8
 {
     if (hb_cuda_device_major(queue->device) < 8) return false;
     if (a.transposed) return a.depth % 4 == 0 && aligned_to(a.codes, 4);
-    return a.depth % 16 == 0 && a.depth < 1 << 30 && aligned_to(a.codes, 16) && aligned_to(a.x, 16);
+    return a.depth % 16 == 0 && a.depth < 1 << 30 && aligned_to(a.codes, 16) &&
+           (needs_split(a) || aligned_to(a.x, 16));
+}
+
+int64_t hb_cuda_linear8_wide_workspace(const hb_cuda_linear8 &a)
+{
+    if (!needs_split(a)) return 0;
+    return hb_ceil_div(turn_of(a) * pitch_of(a) * 6, (int64_t)256) * 256;
 }
 
 int hb_cuda_launch_linear8_wide(const hb_cuda_queue *queue, const linear8_job &job)
 {
-    switch (job.a.io_dtype) {
-    case HB_F32: return launch<HB_F32>(queue, job);
-    case HB_BF16: return launch<HB_BF16>(queue, job);
-    default: return launch<HB_F16>(queue, job);
+    const hb_cuda_linear8 &a = job.a;
+    const int64_t turn = turn_of(a), io_bytes = (int64_t)hb_dtype_bytes((hb_dtype)a.io_dtype);
+    const int64_t each = a.offsets != nullptr ? a.m / a.experts : a.m;
+    const int64_t outputs = a.transposed ? a.depth : a.rows;
+    for (int64_t first = 0; first < a.m; first += turn) {
+        linear8_job part = job;
+        part.a.x = (const uint8_t *)a.x + first * steps_of(a) * io_bytes;
+        part.a.y = (uint8_t *)a.y + first * outputs * io_bytes;
+        part.a.m = a.m - first < turn ? a.m - first : turn;
+        part.planes = (uint16_t *)a.workspace;
+        part.pitch = pitch_of(a);
+        int status = needs_split(a) && part.pitch > 0 ? split(queue, part) : 0;
+        if (status == 0) status = each <= 8 ? launch<1>(queue, part) : launch<2>(queue, part);
+        if (status != 0) return status;
     }
+    return 0;
 }

@@ -276,7 +276,9 @@ def linear(x, codes, scale, *, bias=None, threshold=0.0, mode="dynamic", transpo
     size = emulator.api.linear8_workspace(ctypes.byref(queue), ctypes.byref(args))
     fused = x.shape[0] <= 16 and x.ctypes.data % 16 == codes.ctypes.data % 16 == depth % 16 == 0
     fused = fused and offsets is None and device < 2 and path in (AUTO, MMA) and m * (depth + 64) < 60000
-    assert size % 256 == 0 and (size > 0) == (y.size > 0 and mode == "dynamic" and not fused)
+    assert size % 256 == 0
+    if mode == "dynamic":
+        assert (size > 0) == (y.size > 0 and not fused)
     workspace = aligned(size, np.uint8)
     if size:
         args.workspace = emulator.register(workspace, True)
