@@ -69,7 +69,7 @@ template <int IO> int launch(const hb_cuda_queue *queue, const hb_cuda_dequantiz
 int hb_cuda_launch_dequantize4(const hb_cuda_queue *queue, const hb_cuda_dequantize4 *args)
 {
     if (args->n == 0) return 0;
-    if (args->columns > 0) return HB_CUDA_INVALID;
+    if (args->columns > 0) return hb_cuda_launch_transpose4(queue, args);
     switch (args->out_dtype) {
     case HB_F32: return launch<HB_F32>(queue, *args);
     case HB_BF16: return launch<HB_BF16>(queue, *args);

@@ -11,6 +11,9 @@ enum { HB_CUDA_INVALID = 1 }; // cudaErrorInvalidValue: arguments that no kernel
 int hb_cuda_launch_copy(const hb_cuda_queue *queue, const hb_cuda_copy *args);
 int hb_cuda_launch_upload(const hb_cuda_queue *queue, const hb_cuda_upload *args);
 int hb_cuda_launch_expand4(const hb_cuda_queue *queue, const hb_cuda_expand4 *args);
+// quantize4 with searched scales, and dequantize4 to the transpose.
+int hb_cuda_launch_search4(const hb_cuda_queue *queue, const hb_cuda_quantize4 *args);
+int hb_cuda_launch_transpose4(const hb_cuda_queue *queue, const hb_cuda_dequantize4 *args);
 int hb_cuda_launch_quantize4(const hb_cuda_queue *queue, const hb_cuda_quantize4 *args);
 int64_t hb_cuda_nest4_workspace(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);
 int hb_cuda_launch_nest4(const hb_cuda_queue *queue, const hb_cuda_nest4 *args);

@@ -102,7 +102,7 @@ template <int IO> int launch_io(const hb_cuda_queue *queue, const hb_cuda_quanti
 int hb_cuda_launch_quantize4(const hb_cuda_queue *queue, const hb_cuda_quantize4 *args)
 {
     if (args->n == 0) return 0;
-    if (args->search != 0) return HB_CUDA_INVALID;
+    if (args->search != 0) return hb_cuda_launch_search4(queue, args);
     switch (args->x_dtype) {
     case HB_F32: return launch_io<HB_F32>(queue, *args);
     case HB_BF16: return launch_io<HB_BF16>(queue, *args);

@@ -71,6 +71,12 @@ typedef void hb_decode4_fn(const uint8_t *packed, int64_t start, int64_t n, hb_f
 typedef int64_t hb_search4_fn(const float *x, const float *weight, int64_t n, hb_format4 format,
                               const float *candidates, int64_t count);
 
+// The candidates of HB_SCALES_SEARCH, as parts of absmax; the first wins ties.
+enum { HB_SEARCH_COUNT = 19 };
+#define HB_SEARCH_FACTORS                                                                          \
+    {1.00f, 0.70f, 0.72f, 0.74f, 0.76f, 0.78f, 0.80f, 0.82f, 0.84f, 0.86f,                         \
+     0.88f, 0.90f, 0.92f, 0.94f, 0.96f, 0.98f, 1.02f, 1.04f, 1.06f}
+
 // Codes of v = x * hb_inverse_scale(absmax[b]); v = NaN has code 0. Any blocksize >= 1.
 typedef void hb_encode8_fn(const void *x, int64_t n, const hb_search8 *search, int64_t blocksize,
                            const float *absmax, uint8_t *codes);

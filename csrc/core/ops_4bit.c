@@ -12,10 +12,7 @@
 #include "core/pieces.h"
 #include "core/sums.h"
 
-static const float search_factors[] = {1.00f, 0.70f, 0.72f, 0.74f, 0.76f, 0.78f, 0.80f,
-                                       0.82f, 0.84f, 0.86f, 0.88f, 0.90f, 0.92f, 0.94f,
-                                       0.96f, 0.98f, 1.02f, 1.04f, 1.06f};
-enum { SEARCH_COUNT = sizeof search_factors / sizeof *search_factors };
+static const float search_factors[HB_SEARCH_COUNT] = HB_SEARCH_FACTORS;
 
 typedef struct {
     const hb_kernels_codec *codec;
@@ -40,9 +37,9 @@ static float search_scale(const quantize_job *job, const void *x, int64_t first,
         for (int64_t i = 0; i < n; i++) widened[i] = hb_load_f32(x, first + i, job->x->dtype);
         values = widened;
     }
-    float candidates[SEARCH_COUNT];
+    float candidates[HB_SEARCH_COUNT];
     int count = 0;
-    for (int c = 0; c < SEARCH_COUNT; c++) {
+    for (int c = 0; c < HB_SEARCH_COUNT; c++) {
         float candidate = absmax * search_factors[c];
         if (candidate > 0.0f && candidate <= 0x1.fffffep127f) candidates[count++] = candidate;
     }

@@ -57,7 +57,7 @@ def same(a, b):
         a.view(bits)[~nan], b.view(bits)[~nan])  # fmt: skip
 
 
-def quantize4(x, quant_type, blocksize, offset=0, order=0):
+def quantize4(x, quant_type, blocksize, offset=0, order=0, search=0):
     emulator = emulated()
     emulator.reset(order, seed=x.size)
     source = aligned(x.size, x.dtype, offset)
@@ -68,6 +68,7 @@ def quantize4(x, quant_type, blocksize, offset=0, order=0):
         x=emulator.register(source),
         x_dtype=DTYPES[x.dtype.name],
         format=FORMATS[quant_type],
+        search=search,
         blocksize=blocksize,
         n=x.size,
         packed=emulator.register(packed, True),
@@ -108,6 +109,27 @@ def test_quantize4_any_shape(n, blocksize, dtype, quant_type, offset, order):
     assert np.array_equal(packed, expected_packed)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 700),
+    st.sampled_from([32, 64, 128, 256, 4096]),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from(sorted(FORMATS)),
+    st.sampled_from(["normal", "wild", "huge", "tiny"]),
+    st.integers(0, 3),
+    st.integers(0, 2),
+)
+def test_quantize4_with_searched_scales(n, blocksize, dtype, quant_type, kind, offset, order):
+    """The same scale of the nineteen, also where some overflow or vanish, and the codes that follow."""
+    x = data(n, dtype, n, "wild" if kind == "wild" else "normal").astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        x = (x * np.float32({"huge": 1e38, "tiny": 1e-44}.get(kind, 1))).astype(NUMPY[dtype])
+    packed, absmax = quantize4(x, quant_type, blocksize, offset, order, search=1)
+    expected_packed, expected_absmax = _C.quantize_4bit(x, quant_type, blocksize, scales="search")
+    assert same(absmax, expected_absmax)
+    assert np.array_equal(packed, expected_packed)
+
+
 @pytest.mark.parametrize("quant_type", FORMATS)
 def test_quantize4_at_every_border(quant_type):
     """The floats around each threshold, and every magnitude of a grid, in blocks whose absmax is 1."""
@@ -126,7 +148,9 @@ def test_quantize4_at_every_border(quant_type):
     assert (absmax == 1).all()
 
 
-def dequantize4(packed, absmax, quant_type, blocksize, start, n, dtype, nested=None, offset=0, order=0):
+def dequantize4(
+    packed, absmax, quant_type, blocksize, start, n, dtype, nested=None, offset=0, order=0, columns=0
+):
     emulator = emulated()
     emulator.reset(order, seed=n)
     codes = aligned(packed.size, np.uint8, offset)
@@ -151,6 +175,7 @@ def dequantize4(packed, absmax, quant_type, blocksize, start, n, dtype, nested=N
         blocksize=blocksize,
         start=start,
         n=n,
+        columns=columns,
         out=emulator.register(out, True),
     )
     emulator.run("dequantize4", args)
@@ -185,6 +210,37 @@ def test_dequantize4(n, blocksize, dtype, quant_type, offset, start, nesting, or
         packed, absmax, quant_type, blocksize, (n - start,), dtype, start=start, **extra
     )
     assert same(out, np.asarray(expected).view(NUMPY[dtype]))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(1, 140),
+    st.one_of(st.integers(1, 150), st.sampled_from([16, 64, 128, 192])),
+    st.sampled_from([32, 64, 4096]),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from(sorted(FORMATS)),
+    st.sampled_from([0, 0, 1]),
+    st.sampled_from([0, 0, 16, 5]),
+    st.booleans(),
+    st.integers(0, 2),
+)
+def test_dequantize4_to_the_transpose(
+    rows, columns, blocksize, dtype, quant_type, offset, start, nesting, order
+):
+    n = rows * columns
+    packed, absmax = map(np.asarray, _C.quantize_4bit(data(n + start, "float32", n), quant_type, blocksize))
+    nested, extra = None, {}
+    if nesting:
+        absmax, nested_absmax, mean = _C.nest_absmax(absmax)
+        absmax, nested_absmax = np.asarray(absmax), np.asarray(nested_absmax)
+        table = np.asarray(_C.map8("dynamic"), np.float32)
+        nested = {"absmax": nested_absmax, "map": table, "offset": np.float32([mean]), "by_pointer": True}
+        extra = {"nested_absmax": nested_absmax, "nested_map": table, "nested_offset": mean}
+    out = dequantize4(packed, absmax, quant_type, blocksize, start, n, dtype, nested, offset, order, columns)
+    expected = _C.dequantize_4bit(
+        packed, absmax, quant_type, blocksize, (rows, columns), dtype, start=start, **extra
+    )
+    assert same(out.reshape(columns, rows), np.asarray(expected).view(NUMPY[dtype]).T)
 
 
 @settings(deadline=None, max_examples=60)
