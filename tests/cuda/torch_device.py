@@ -130,6 +130,13 @@ def _patch(fake: FakeDevice) -> None:
         def __init__(self, handle: int) -> None:
             self.cuda_stream = handle
 
+    def clone(
+        storage: Any,
+    ) -> Any:  # torch's makes a storage by its device, which has to be known when compiling
+        new = torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device).untyped_storage()
+        return new.copy_(storage, False)
+
+    torch.UntypedStorage.clone = clone
     cuda: Any = torch.cuda
     cuda._lazy_init = lambda: None
     cuda.is_available = lambda: True

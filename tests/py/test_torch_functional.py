@@ -226,3 +226,16 @@ def test_runs_on_fake_and_meta_tensors():
         packed, state = F.quantize_4bit(torch.randn(8, 64), quant_type="nf4", compress_statistics=True)
         assert F.dequantize_4bit(packed, state).shape == (8, 64)
         assert F.linear_4bit(torch.randn(3, 64), packed, state).shape == (3, 8)
+
+
+def test_quantize_compiled_in_one_graph():
+    def both_ways(x):
+        packed, state = F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
+        codes, other = F.quantize_blockwise(x)
+        return F.dequantize_4bit(packed, state), F.dequantize_blockwise(codes, other)
+
+    x = torch.randn(16, 64)
+    for ours, eager in zip(
+        torch.compile(both_ways, fullgraph=True, backend="aot_eager")(x), both_ways(x), strict=True
+    ):
+        assert torch.equal(ours, eager)

@@ -34,7 +34,9 @@ from halfbyte.torch.maps import (
     create_fp8_map,
     create_linear_map,
     create_normal_map,
+    dynamic_map,
     get_4bit_type,
+    is_watched,
 )
 from halfbyte.torch.ops_4bit import natural_compute
 from halfbyte.torch.quant_state import QuantState, pack_dict_to_tensor, unpack_tensor_to_dict
@@ -97,8 +99,8 @@ _dynamic_maps: dict[torch.device, Tensor] = {}
 
 
 def _dynamic_map(device: torch.device) -> Tensor:
-    if torch._C._len_torch_dispatch_stack():  # fake tensors and the like: neither keep one nor hand out ours
-        return torch.from_numpy(_C.map8("dynamic").copy()).to(device)
+    if is_watched():  # neither keep one nor hand out ours
+        return dynamic_map().to(device)
     with torch.inference_mode(False):  # it must serve autograd, too
         if "dynamic" not in name2qmap:
             name2qmap["dynamic"] = create_dynamic_map()

@@ -11,10 +11,22 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from halfbyte import _C
 
 _ENTRIES = 256
+_DYNAMIC = tuple(_C.map8("dynamic").tolist())
+
+
+def is_watched() -> bool:
+    """Whether tensors made now may be a tracer's, which nobody else should get."""
+    return is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def dynamic_map() -> Tensor:
+    """The signed dynamic map, a tensor of its own."""
+    return torch.tensor(_DYNAMIC, dtype=torch.float32)
 
 
 def _padded(values: list[float]) -> Tensor:
@@ -96,6 +108,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     return values / values.max()
 
 
+_CODEBOOKS = {name: tuple(_C.codebook(name).tolist()) for name in ("nf4", "fp4")}
 _INT4 = (7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7)
 # AbnormalFloat 4 for block size 64: Yoshida 2023, arXiv 2306.06965.
 _AF4_64 = (
@@ -123,7 +136,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
         Unknown type, or af4 with another block size.
     """
     if typename in ("nf4", "fp4"):
-        values = torch.from_numpy(_C.codebook(typename).copy())
+        values = torch.tensor(_CODEBOOKS[typename], dtype=torch.float32)
     elif typename == "int4":
         values = torch.tensor(_INT4, dtype=torch.float32)
     elif typename == "af4" and blocksize == 64:
@@ -132,7 +145,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
         raise NotImplementedError(f"get_4bit_type: no 4-bit type {typename!r} with block size {blocksize}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     values = values / values.abs().max()
-    if device.type != "cuda" or torch._C._len_torch_dispatch_stack():
+    if device.type != "cuda" or is_watched():
         return values.to(device)
     # A copy of what is on the GPU already: the host would wait for one from its memory.
     if device.index is None:

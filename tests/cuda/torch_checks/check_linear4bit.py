@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch_side import CUDA, FLOATS, UNIT, assert_product, tensor
 
 from halfbyte import _C
@@ -246,3 +247,80 @@ def test_a_cpu_offset_is_taken_by_value(fake):
         changed = copy.copy(state)
         changed.offset = offset
         assert torch.equal(F.linear_4bit(x, cuda.weight.data, changed, cuda.bias).cpu(), y.cpu())
+
+
+def test_copies_and_pickles(fake):
+    _, cuda, _ = layers()
+    x = tensor(2, DEPTH).to("cuda")
+    y = cuda(x).cpu()
+    assert torch.equal(copy.deepcopy(cuda)(x).cpu(), y)
+    file = io.BytesIO()
+    torch.save(cuda, file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="cpu", weights_only=False)
+    assert all(part.device.type == "cpu" for part in parts(loaded))
+    assert torch.equal(loaded.to("cuda")(x).cpu(), y)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (3, 1), ()])
+def test_few_or_no_rows(fake, path, shape):
+    _, cuda, w = layers(bias=False)
+    x = tensor(*shape, DEPTH).to("cuda")
+    y = cuda(x)
+    assert y.shape == (*shape, ROWS)
+    assert_product(y.reshape(-1, ROWS), x.reshape(-1, DEPTH), w)
+
+
+def test_gradients_through_checkpoints_and_twice(fake, monkeypatch):
+    monkeypatch.setattr(cuda_table, "forced", "dense")
+    _, cuda, _ = layers(bias=False)
+    x = tensor(3, DEPTH).to("cuda").requires_grad_()
+    (expected,) = torch.autograd.grad(cuda(x).sum(), x)
+    (found,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(cuda, x, use_reentrant=False).sum(), x)
+    assert torch.equal(found.cpu(), expected.cpu())
+    (first,) = torch.autograd.grad(cuda(x).pow(2).sum(), x, create_graph=True)
+    first.sum().backward()
+    assert x.grad.device == CUDA
+
+
+def test_symbolic_rows_and_export(fake):
+    _, cuda, _ = layers()
+    cuda.eval()
+    compiled = torch.compile(cuda, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (2, 5, 9):
+        x = tensor(rows, DEPTH).to("cuda")
+        assert torch.equal(compiled(x).cpu(), cuda(x).cpu())
+    program = torch.export.export(cuda, (x,))
+    assert "halfbyte.linear_4bit" in program.graph_module.code
+    assert torch.equal(program.module()(x).cpu(), cuda(x).cpu())
+
+
+def test_quantize_compiled_in_one_graph(fake):
+    def both_ways(x):
+        packed, state = F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
+        return F.dequantize_4bit(packed, state)
+
+    x = tensor(16, 64).to("cuda")
+    y = torch.compile(both_ways, fullgraph=True, backend="aot_eager")(x)
+    assert y.device == CUDA and torch.equal(y.cpu(), both_ways(x).cpu())
+
+
+def test_operator_as_torch_wants_it(fake, path):
+    _, cuda, _ = layers()
+    state = cuda.weight.quant_state
+    for dtype in (torch.float32, torch.bfloat16):
+        x = tensor(3, DEPTH, dtype=dtype).to("cuda").requires_grad_()
+        torch.library.opcheck(
+            torch.ops.halfbyte.linear_4bit,
+            (
+                x,
+                cuda.weight.data,
+                state.absmax,
+                "nf4",
+                64,
+                state.shape,
+                None,
+                "bfloat16",
+                *F.nested_tensors(state),
+            ),
+        )
