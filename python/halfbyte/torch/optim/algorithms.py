@@ -235,7 +235,7 @@ class AdEMAMix(Optimizer2State):
         )
 
     def first_state(self, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return torch.stack([self.get_state_buffer(p, dtype), self.get_state_buffer(p, dtype)])
+        return self._buffer(p, (2, *p.shape), dtype)
 
     def schedule(self, config: dict[str, Any], step: int) -> dict[str, float]:
         scalars = super().schedule(config, step)
