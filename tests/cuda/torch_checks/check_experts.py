@@ -18,25 +18,25 @@ def quantized(shape, kind, nested=False):
 
 @pytest.mark.parametrize("offsets", [[3, 3, 4, 9], [0, 0, 0, 0], [1, 2, 3, 11]], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", cpu.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (24, 64), (5, 30)], ids=str)
 @pytest.mark.parametrize(("kind", "nested"), [("nf4", False), ("fp4", True), ("int8", False)])
 def test_each_row_meets_its_expert(fake, kind, nested, shape, transposed, offsets):
     weight, there = quantized(shape, kind, nested)
     x = cpu.inputs(shape, transposed)
     ends = torch.tensor(offsets)
-    for places in (ends.to("cuda"), ends.int().to("cuda")):
-        on_cuda = x.to("cuda")
-        with fake.no_synchronisation():
-            y = grouped_linear(on_cuda, places, there, transposed, mode="exact")
-        expected, bound = cpu.reference(x, offsets, weight, transposed)
-        assert y.device == CUDA and ((y.cpu().double() - expected).abs() <= bound).all()
-        assert not y.cpu()[offsets[-1] :].any()
+    places = (ends if nested else ends.int()).to("cuda")
+    on_cuda = x.to("cuda")
+    with fake.no_synchronisation():
+        y = grouped_linear(on_cuda, places, there, transposed, mode="exact")
+    expected, bound = cpu.reference(x, offsets, weight, transposed)
+    assert y.device == CUDA and ((y.cpu().double() - expected).abs() <= bound).all()
+    assert not y.cpu()[offsets[-1] :].any()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradient(fake, kind, transposed):
-    shape = (128, 128)
+    shape = (64, 64)
     weight, there = quantized(shape, kind)
     x = cpu.inputs(shape, transposed).to("cuda").requires_grad_()
     offsets = torch.tensor([3, 3, 4, 9], device="cuda")

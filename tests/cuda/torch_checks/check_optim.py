@@ -14,7 +14,8 @@ from halfbyte.torch import functional as F
 from halfbyte.torch import optim
 from halfbyte.torch.optim import base
 
-SHAPES = [(80, 64), (5000,), (3, 5), (1,)]
+SHAPES = [(20, 32), (700,), (3, 5), (1,)]
+SMALL = 600  # elements from which states have 8 bits, or pages, here
 
 
 def parameters(device, dtype=torch.float32, shapes=SHAPES):
@@ -29,7 +30,7 @@ def give_gradients(params, seed, dtype=None):
 
 def pair(cls, dtype=torch.float32, **kwargs):
     cpu, cuda = parameters("cpu", dtype), parameters("cuda", dtype)
-    return cls(cpu, **kwargs), cpu, cls(cuda, **kwargs), cuda
+    return cls(cpu, min_8bit_size=SMALL, **kwargs), cpu, cls(cuda, min_8bit_size=SMALL, **kwargs), cuda
 
 
 CASES = [
@@ -55,7 +56,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_as_on_the_cpu(fake, cls, kwargs, dtype):
     ours, params, theirs, on_cuda = pair(cls, dtype, **kwargs)
-    for step in range(3):
+    for step in range(2):
         give_gradients(params, step)
         give_gradients(on_cuda, step)
         ours.step()
@@ -73,8 +74,8 @@ def test_steps_as_on_the_cpu(fake, cls, kwargs, dtype):
 
 @pytest.mark.parametrize("cls", [optim.AdamW8bit, optim.AdamW32bit, optim.Lion8bit, optim.AdEMAMix8bit])
 def test_a_step_waits_for_nothing_and_is_one_call(fake, monkeypatch, cls):
-    params = parameters("cuda", shapes=[(80, 64), (64, 64), (5000,)])
-    optimizer = cls(params)
+    params = parameters("cuda", shapes=[(20, 32), (32, 32), (700,)])
+    optimizer = cls(params, min_8bit_size=SMALL)
     give_gradients(params, 0)
     optimizer.step()
     calls = []
@@ -98,8 +99,8 @@ def test_parameters_of_two_devices_are_two_calls(monkeypatch):
 
 
 def test_maps_are_one_tensor_of_the_device(fake):
-    params = parameters("cuda", shapes=[(80, 64), (64, 64)])
-    optimizer = optim.AdamW8bit(params)
+    params = parameters("cuda", shapes=[(20, 32), (32, 32)])
+    optimizer = optim.AdamW8bit(params, min_8bit_size=SMALL)
     give_gradients(params, 0)
     optimizer.step()
     first, second = (optimizer.state[p] for p in params)
@@ -116,14 +117,14 @@ def saved(optimizer):
 
 @pytest.mark.parametrize("cls", [optim.AdamW8bit, optim.AdamW, optim.PagedAdamW8bit])
 def test_state_dict_across_devices(fake, monkeypatch, cls):
-    monkeypatch.setattr(base, "LEAST_PAGED", 5000)
+    monkeypatch.setattr(base, "LEAST_PAGED", SMALL)
     params = parameters("cuda")
-    optimizer = cls(params)
+    optimizer = cls(params, min_8bit_size=SMALL)
     give_gradients(params, 0)
     optimizer.step()
     state = saved(optimizer)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    loaded = cls(copies)
+    loaded = cls(copies, min_8bit_size=SMALL)
     loaded.load_state_dict(state)
     for p, q in zip(params, copies, strict=True):
         ours, theirs = loaded.state[q], optimizer.state[p]
@@ -143,11 +144,11 @@ def test_state_dict_across_devices(fake, monkeypatch, cls):
 
 def test_states_loaded_elsewhere_follow_at_the_first_step(fake):
     params = parameters("cuda")
-    optimizer = optim.AdamW8bit(params)
+    optimizer = optim.AdamW8bit(params, min_8bit_size=SMALL)
     give_gradients(params, 0)
     optimizer.step()
     state = saved(optimizer)
-    new = optim.AdamW8bit(params)
+    new = optim.AdamW8bit(params, min_8bit_size=SMALL)
     new.load_state_dict(state, move_to_device=False)
     assert new.state[params[0]]["state1"].device.type == "cpu"
     give_gradients(params, 1)
@@ -159,15 +160,18 @@ def test_states_loaded_elsewhere_follow_at_the_first_step(fake):
     "cls", [optim.PagedAdamW8bit, optim.PagedAdamW32bit, optim.PagedLion, optim.PagedAdEMAMix]
 )
 def test_paged(fake, monkeypatch, cls):
-    monkeypatch.setattr(base, "LEAST_PAGED", 5000)
-    monkeypatch.setattr(base, "PREFETCHED_BYTES", 30_000)
+    monkeypatch.setattr(base, "LEAST_PAGED", SMALL)
+    monkeypatch.setattr(base, "PREFETCHED_BYTES", 3000)
     F.GlobalPageManager.get_instance().initialize()
     prefetched = []
     prefetch = _C.cuda_prefetch
     monkeypatch.setattr(_C, "cuda_prefetch", lambda t: prefetched.append(t) or prefetch(t))
     params = parameters("cuda")
     plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    paged, other = cls(params), getattr(optim, cls.__name__.removeprefix("Paged"))(plain)
+    paged, other = (
+        cls(params, min_8bit_size=SMALL),
+        getattr(optim, cls.__name__.removeprefix("Paged"))(plain, min_8bit_size=SMALL),
+    )
     for step in range(2):
         give_gradients(params, step)
         give_gradients(plain, step)
@@ -178,8 +182,8 @@ def test_paged(fake, monkeypatch, cls):
             paged.step()
         other.step()
     states = [paged.state[p][key] for p in params for key in ("state1", "state2") if key in paged.state[p]]
-    large = [t for t in states if t.numel() >= 5000]
-    assert large and all(getattr(t, "is_paged", False) == (t.numel() >= 5000) for t in states)
+    large = [t for t in states if t.numel() >= SMALL]
+    assert large and all(getattr(t, "is_paged", False) == (t.numel() >= SMALL) for t in states)
     assert list(F.GlobalPageManager.get_instance().paged_tensors) == large
     assert len(prefetched) == 2 * len(large)
     assert all(torch.equal(p.cpu(), q.cpu()) for p, q in zip(params, plain, strict=True))
@@ -212,12 +216,12 @@ def test_one_update_of_one_parameter(fake):
 
 
 def test_deepcopied_states_are_not_taken_for_paged(fake, monkeypatch):
-    monkeypatch.setattr(base, "LEAST_PAGED", 5000)
+    monkeypatch.setattr(base, "LEAST_PAGED", SMALL)
     params = parameters("cuda")
-    optimizer = optim.PagedAdamW8bit(params)
+    optimizer = optim.PagedAdamW8bit(params, min_8bit_size=SMALL)
     give_gradients(params, 0)
     optimizer.step()
-    plain = optim.AdamW8bit(params)
+    plain = optim.AdamW8bit(params, min_8bit_size=SMALL)
     plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert not any(getattr(v, "is_paged", False) for entry in plain.state.values() for v in entry.values())
     give_gradients(params, 1)
