@@ -250,6 +250,15 @@ HB_DEVICE float value_from(float x, float floor)
 {
     return fmaxf(x, floor);
 }
+HB_DEVICE float magnitude(float x)
+{
+    return fabsf(x);
+}
+// min(|x|, limit); limit where x is NaN.
+HB_DEVICE float min_magnitude(float x, float limit)
+{
+    return fminf(fabsf(x), limit);
+}
 HB_DEVICE uint32_t float_bits(float x)
 {
     return __float_as_uint(x);

@@ -253,6 +253,14 @@ static inline float round_to_float(double x)
 {
     return (float)x;
 }
+inline float magnitude(float x)
+{
+    return std::fabs(x);
+}
+inline float min_magnitude(float x, float limit)
+{
+    return std::fabs(x) < limit ? std::fabs(x) : limit;
+}
 static inline uint32_t float_bits(float x)
 {
     return hb_f32_bits(x);
