@@ -49,6 +49,7 @@ static inline linear4_job linear4_job_of(const hb_cuda_linear4 &a, int64_t tile,
     linear4_job job = {};
     if (a.workspace == nullptr) splits = 1;
     job.a = a;
+    if (a.transposed) job.a.bias = nullptr;
     job.partial = splits > 1 ? (float *)a.workspace : nullptr;
     job.outputs = linear4_outputs(a);
     job.steps = linear4_steps(a);
