@@ -13,7 +13,7 @@ from halfbyte.cli import main as main_module
 from halfbyte.cli.arguments import ProgressBar, size
 from halfbyte.cli.main import main
 
-VERBS = ("quantize", "inspect", "verify", "plan", "doctor", "eval", "demo", "run")
+VERBS = ("quantize", "inspect", "verify", "plan", "doctor", "bench", "eval", "demo", "run")
 
 
 def command(*arguments, **options):
