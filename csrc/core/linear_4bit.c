@@ -22,7 +22,7 @@
 
 enum {
     PACKED_BYTES = 8 << 20, // most that packed x takes, if one tile fits
-    PASS_ROWS = 256,        // rows of x in a pass,
+    PASS_ROW_BYTES = 1024,  // of a column of x in a pass: 512 rows of bfloat16, 256 of float32
     PASS_BYTES = 512 << 10, // or more, while their packed form has this size: half an L2 cache
     SHARED_BYTES = 4 << 20, // most that shared panels take
     SHARED_STEPS = 32,      // rows of W that a chunk decodes for backward panels; even
@@ -412,7 +412,8 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
             least(pass_units, PACKED_BYTES / p->packed_stride + (PACKED_BYTES < p->packed_stride));
     if (!use_dot && p->packed_stride > 0) {
         int64_t most = PASS_BYTES / p->packed_stride;
-        pass_units = least(pass_units, most > PASS_ROWS / unit ? most : PASS_ROWS / unit);
+        const int64_t usual = PASS_ROW_BYTES / set->element_bytes / unit;
+        pass_units = least(pass_units, most > usual ? most : usual);
     }
     const int64_t pass_rows = least(pass_units * unit, rows);
 
