@@ -192,6 +192,24 @@ def test_results_do_not_depend_on_threads_or_lenders(compute, depth, blocksize):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_several_passes_share_the_panels(compute):
+    """Rows of x beyond a pass meet the panels that the first pass has decoded."""
+    torch.manual_seed(1)
+    layer = _C.Linear4bit.from_float(torch.randn(96, 1024).numpy(), double_quant=True, compute=compute)
+    x, dy = torch.randn(1100, 1024), torch.randn(1100, 96)
+    before = _C.get_num_threads()
+    try:
+        _C.set_num_threads(2)
+        whole = layer(x), layer.grad_input(dy)
+        parts = [
+            torch.cat([f(piece) for piece in v.split(100)]) for f, v in ((layer, x), (layer.grad_input, dy))
+        ]
+    finally:
+        _C.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
 def test_the_number_of_threads_may_rise_during_a_product():
     """A lane has memory of its own, which is made before the threads are called."""
     torch.manual_seed(0)
