@@ -1,4 +1,4 @@
-"""y = x W^T + b with gradient in eager mode on the CPU, without the dispatcher in between.
+"""y = x W^T + b with gradient in eager mode, without the dispatcher in between.
 
 `torch.ops.halfbyte.linear_4bit` computes the same and serves compilers and tracers; on its way to
 `halfbyte._C` it passes through Python several times, 80 us in the forward and 90 us in the backward pass, as long as
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _C
+from halfbyte.torch.ops_4bit import linear_4bit_cuda, linear_4bit_grad_input_cuda
 from halfbyte.torch.quant_state import QuantState
 
 
@@ -27,6 +28,14 @@ def nested_statistics(state: QuantState) -> dict[str, Any]:
     }
 
 
+def nested_arguments(state: QuantState) -> tuple[Any, ...]:
+    """The last arguments of the operators, which leave the offset where it is."""
+    if not state.nested:
+        return ()
+    state2 = state.state2
+    return state2.absmax, state2.code, state.offset, state2.blocksize
+
+
 class EagerLinear4bit(torch.autograd.Function):
     """`apply(x, packed, bias, state, compute)`; gradients of x and bias, any number of times."""
 
@@ -37,17 +46,10 @@ class EagerLinear4bit(torch.autograd.Function):
         ctx.save_for_backward(packed)
         ctx.state, ctx.compute = state, compute
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _C.linear_4bit(
-            x,
-            packed,
-            state.absmax,
-            state.quant_type,
-            state.blocksize,
-            state.shape,
-            bias,
-            compute,
-            **nested_statistics(state),
-        )
+        layout = state.quant_type, state.blocksize, state.shape, bias, compute
+        if x.is_cuda:
+            return linear_4bit_cuda(x, packed, state.absmax, *layout, *nested_arguments(state))
+        return _C.linear_4bit(x, packed, state.absmax, *layout, **nested_statistics(state))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
@@ -57,11 +59,11 @@ class EagerLinear4bit(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             layout = state.quant_type, state.blocksize, state.shape, ctx.compute
             if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
-                state2 = state.state2
-                nested = (state2.absmax, state2.code, state.offset, state2.blocksize) if state.nested else ()
                 dx = torch.ops.halfbyte.linear_4bit_grad_input(
-                    dy, packed.detach().as_subclass(Tensor), state.absmax, *layout, *nested
+                    dy, packed.detach().as_subclass(Tensor), state.absmax, *layout, *nested_arguments(state)
                 )
+            elif dy.is_cuda:
+                dx = linear_4bit_grad_input_cuda(dy, packed, state.absmax, *layout, *nested_arguments(state))
             else:
                 dx = _C.linear_4bit_grad_input(dy, packed, state.absmax, *layout, **nested_statistics(state))
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:

@@ -356,7 +356,7 @@ def _linear_4bit_grad_input(
     )
 
 
-def _linear_4bit_grad_input_cuda(
+def linear_4bit_grad_input_cuda(
     dy: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -456,7 +456,7 @@ define(
 define(
     f"linear_4bit_grad_input(Tensor dy, {_WEIGHT}, str compute='float32', {_NESTED}) -> Tensor",
     _linear_4bit_grad_input,
-    cuda=_linear_4bit_grad_input_cuda,
+    cuda=linear_4bit_grad_input_cuda,
     fake=_linear_4bit_grad_input_fake,
     save=_save_grad_input,
     backward=_grad_input_backward,

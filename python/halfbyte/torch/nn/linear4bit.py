@@ -3,7 +3,7 @@
 Where a call goes. In eager mode, with a plain CPU or CUDA tensor and no gradient to record, `forward` hands the
 tensors straight to `halfbyte._C`, a few microseconds for a small layer. Every call reads the weight, its
 statistics and the bias anew (zero-copy views), so nothing can be stale after `load_state_dict`, `.to`,
-a replaced parameter or an in-place update. With a gradient to record it does so, on the CPU, through one autograd
+a replaced parameter or an in-place update. With a gradient to record it does so through one autograd
 function (`eager_4bit`). Everything else - torch.compile, fake tensors, dispatch modes - goes through
 `torch.ops.halfbyte.linear_4bit`.
 """
@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from halfbyte import _C
 from halfbyte.torch._library import autocast_dtype
-from halfbyte.torch.eager_4bit import EagerLinear4bit, nested_statistics
+from halfbyte.torch.eager_4bit import EagerLinear4bit, nested_arguments, nested_statistics
 from halfbyte.torch.functional import linear_4bit
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
 from halfbyte.torch.nn.saving import Saves4bit
@@ -140,34 +140,19 @@ class Linear4bit(Saves4bit, nn.Linear):
         parameters = self._parameters
         weight = parameters.get("weight")
         bias = parameters.get("bias")
-        if (
-            runs_eagerly(x)
-            and type(weight) is Params4bit
-            and (state := weight.quant_state) is not None
-            and (not (records := torch.is_grad_enabled() and _requires_grad(x, bias)) or x.is_cpu)
-        ):
+        if runs_eagerly(x) and type(weight) is Params4bit and (state := weight.quant_state) is not None:
             if bias is not None and bias.dtype != x.dtype:
                 cast_bias(bias, x)
             compute = self._compute(x)
-            if records:
+            if torch.is_grad_enabled() and _requires_grad(x, bias):
                 return EagerLinear4bit.apply(x, weight, bias, state, compute)
-            if x.is_cuda:
-                return self._forward_cuda(x, weight, state, bias, compute)
             layout = state.quant_type, state.blocksize, state.shape, bias, compute
+            if x.is_cuda:
+                return linear_4bit_cuda(x, weight, state.absmax, *layout, *nested_arguments(state))
             return _C.linear_4bit(x, weight, state.absmax, *layout, **nested_statistics(state))
         state = repair_quant_state(self)
         bias = cast_bias(self.bias, x)
         return linear_4bit(x, self.weight, state, bias, self._compute(x))
-
-    @staticmethod
-    def _forward_cuda(
-        x: Tensor, weight: Params4bit, state: QuantState, bias: Tensor | None, compute: str
-    ) -> Tensor:
-        layout = weight.data, state.absmax, state.quant_type, state.blocksize, state.shape, bias, compute
-        if not state.nested:
-            return linear_4bit_cuda(x, *layout)
-        state2 = state.state2
-        return linear_4bit_cuda(x, *layout, state2.absmax, state2.code, state.offset, state2.blocksize)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
         super()._apply(fn, recurse)
