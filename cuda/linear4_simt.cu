@@ -158,7 +158,7 @@ linear4_simt_kernel(HB_ARGS linear4_job job)
 }
 
 template <int IO, bool IS_WIDE>
-HB_KERNEL_RESIDENT(THREADS, RESIDENT)
+HB_KERNEL_RESIDENT(THREADS, 1)
 linear4_simt_transposed_kernel(HB_ARGS linear4_job job)
 {
     enum { EACH = IS_WIDE ? WIDE : 1, TILE = EACH * HB_LANES };
