@@ -132,15 +132,20 @@ HB_DEVICE void encoder4_fill(encoder4 *shared, int format)
     shared_store(&shared->code[t + FAR], encoders[format].code[t + FAR]);
 }
 
-HB_DEVICE uint32_t encode4(const encoder4 *shared, float v)
+// Where v's entry is in a table like encoder4's `code`, in bytes.
+HB_DEVICE uint32_t encoder4_offset(const encoder4 *shared, float v)
 {
     const float magic = 0x1p21f; // a sum with it has quarters in its last bits: bits 2.. are words
     const float scaled = min_magnitude(v, 1.0f) * 15.75f + (v < 0.0f ? magic + 16.0f : magic);
-    uint32_t offset = float_bits(scaled) & 4 * (BUCKETS - 1); // in bytes
-    const unsigned char *limit = (const unsigned char *)shared->limit;
-    const unsigned char *code = (const unsigned char *)shared->code;
-    if (!(magnitude(v) <= shared_load((const float *)(limit + offset)))) offset += 4 * FAR;
-    return shared_load((const uint32_t *)(code + offset));
+    const uint32_t offset = float_bits(scaled) & 4 * (BUCKETS - 1);
+    const unsigned char *limit = (const unsigned char *)shared->limit + offset;
+    return magnitude(v) <= shared_load((const float *)limit) ? offset : offset + 4 * FAR;
+}
+
+HB_DEVICE uint32_t encode4(const encoder4 *shared, float v)
+{
+    const unsigned char *code = (const unsigned char *)shared->code + encoder4_offset(shared, v);
+    return shared_load((const uint32_t *)code);
 }
 
 #endif

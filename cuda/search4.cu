@@ -9,7 +9,7 @@
 // that do not wait for each other; four exchanges fold each. Then the block is read a third time
 // (from the cache) and encoded, two neighbouring lanes a byte.
 //
-// Floor: arithmetic, some 19 * 25 instructions a weight. It is chosen where a weight is quantized
+// Floor: arithmetic, some 19 * 15 instructions a weight. It is chosen where a weight is quantized
 // once and used for long.
 #include "absmax.cuh"
 #include "codebooks.cuh"
@@ -26,18 +26,14 @@ HB_CONSTANT float factors[HB_SEARCH_COUNT] = HB_SEARCH_FACTORS;
 
 struct search4 {
     encoder4 encoder;
-    float value[16]; // of a rank
-    float nan_value;
+    float value[2 * BUCKETS]; // of each entry of encoder.code
 };
 
 // The value that v is rounded to.
-HB_DEVICE float nearest(const search4 *shared, float nan_value, float v)
+HB_DEVICE float nearest(const search4 *shared, float v)
 {
-    int k = 1;
-#pragma unroll
-    for (int step = 0; step < 4; step++) k = 2 * k + (v > shared_load(&shared->encoder.tree[k]));
-    const float value = shared_load(&shared->value[k - 16]);
-    return v != v ? nan_value : value;
+    const uint32_t offset = encoder4_offset(&shared->encoder, v);
+    return shared_load((const float *)((const unsigned char *)shared->value + offset));
 }
 
 HB_DEVICE bool candidate_counts(float scale)
@@ -49,13 +45,12 @@ HB_DEVICE bool candidate_counts(float scale)
 template <int IO> HB_KERNEL(THREADS) search4_kernel(HB_ARGS hb_cuda_quantize4 a)
 {
     search4 *shared = (search4 *)shared_memory();
-    const codebook_tables &book = codebooks[a.format];
     encoder4_fill(&shared->encoder, a.format);
-    if (thread_index() < 16)
-        shared_store(&shared->value[thread_index()], book.value[book.code_of_rank[thread_index()]]);
+    if (thread_index() < 2 * BUCKETS) {
+        const uint32_t code = encoders[a.format].code[thread_index()];
+        shared_store(&shared->value[thread_index()], codebooks[a.format].value[code]);
+    }
     block_sync();
-    const uint32_t nan_code = book.nan_code;
-    const float nan_value = book.value[nan_code];
 
     const int lane = lane_index() % SUMS;
     const int64_t block = block_index() * BLOCKS + thread_index() / SUMS;
@@ -83,7 +78,7 @@ template <int IO> HB_KERNEL(THREADS) search4_kernel(HB_ARGS hb_cuda_quantize4 a)
             const float x = load_float<IO>(a.x, i);
 #pragma unroll
             for (int c = 0; c < HB_SEARCH_COUNT; c++) {
-                const float q = nearest(shared, nan_value, mul_rn(x, inverse[c]));
+                const float q = nearest(shared, mul_rn(x, inverse[c]));
                 const float d = add_rn(x, -mul_rn(q, scale[c]));
                 sum[c] = add_rn(sum[c], mul_rn(d, d));
             }
@@ -108,7 +103,7 @@ template <int IO> HB_KERNEL(THREADS) search4_kernel(HB_ARGS hb_cuda_quantize4 a)
     const float inverse = inverse_scale(absmax);
     for (int64_t i = lane; i < a.blocksize; i += SUMS) {
         const float v = begin + i < a.n ? mul_rn(load_float<IO>(a.x, begin + i), inverse) : 0.0f;
-        const uint32_t code = encode4(&shared->encoder, nan_code, v);
+        const uint32_t code = encode4(&shared->encoder, v);
         const uint32_t next = shuffle_xor(code, 1); // the odd element's, in an even lane
         if (lane % 2 == 0 && begin + i < a.n)
             store(a.packed + (begin + i) / 2, (uint8_t)(code << 4 | next));
