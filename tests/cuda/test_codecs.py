@@ -308,3 +308,28 @@ def test_nest4(n, blocksize, kind, order):
     assert same(offset[0], np.float32(expected_offset))
     assert same(nested, expected_nested)
     assert np.array_equal(codes, expected_codes)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_codec8_stays(order):
+    """More blocks of elements than a small device holds: threads go on to the next."""
+    emulator = emulated()
+    n, blocksize = 33000, 64
+    x, table = data(n, "bfloat16", 1), np.asarray(_C.map8("dynamic"), np.float32)
+    expected_codes, expected_absmax = map(np.asarray, _C.quantize_8bit(x, table, blocksize))
+    emulator.reset(order, seed=n)
+    source, codes, absmax = aligned(n, x.dtype), aligned(n, np.uint8), aligned(-(-n // blocksize), np.float32)
+    source[:] = x
+    args = Quantize8(x=emulator.register(source), map=emulator.register(table), x_dtype=DTYPES["bfloat16"],
+                     blocksize=blocksize, n=n, codes=emulator.register(codes, True),
+                     absmax=emulator.register(absmax, True))  # fmt: skip
+    emulator.run("quantize8", args, device=1)
+    assert same(absmax, expected_absmax)
+    assert np.array_equal(codes, expected_codes)
+    out = aligned(n, x.dtype)
+    args = Dequantize8(codes=emulator.register(codes), absmax=emulator.register(absmax), map=emulator.register(table),
+                       out_dtype=DTYPES["bfloat16"], blocksize=blocksize, n=n,
+                       out=emulator.register(out, True))  # fmt: skip
+    emulator.run("dequantize8", args, device=1)
+    expected = _C.dequantize_8bit(codes, absmax, table, blocksize, dtype="bfloat16")
+    assert same(out, np.asarray(expected).view(out.dtype))
