@@ -137,7 +137,13 @@ def test_quantize4_at_every_border(quant_type):
     near = (value[1:] + value[:-1])[:, None] / 2
     near = near.view(np.int32) + np.arange(-40, 41, dtype=np.int32)
     grid = np.linspace(-1, 1, 4001, dtype=np.float32)
-    middle = np.concatenate([grid, np.float32([0.0, -0.0, 1e-45, -1e-45]), near.view(np.float32).ravel()])
+    # Where buckets of any kind may begin: quarters of every octave, and even divisions.
+    edges = np.float32(2.0) ** np.arange(-12, 1)[:, None] * np.float32([1, 1.25, 1.5, 1.75])
+    edges = (edges.astype(np.float32).reshape(-1, 1).view(np.int32) + np.arange(-1, 2)).astype(np.int32)
+    edges = edges.view(np.float32).ravel()
+    middle = np.concatenate(
+        [grid, np.float32([0.0, -0.0, 1e-45, -1e-45]), near.view(np.float32).ravel(), edges, -edges]
+    )
     middle = middle[np.abs(middle) <= 1]  # not the NaNs just below 0
     blocks = -(-middle.size // 63)
     x = np.zeros((blocks, 64), np.float32)
