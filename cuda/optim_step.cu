@@ -8,8 +8,8 @@
 // to their largest magnitude by the warp, and become codes again.
 //
 // Floor: Adam with 8-bit states and bfloat16 parameters moves 10 bytes an element, at 4.3 TB/s on
-// an H200 1.64 elements a clock and multiprocessor: 78 instructions each. Counted (sm_90): see
-// tests/cuda/gates.toml. Root and quotient, rounded as IEEE 754 says, are a quarter of them.
+// an H200 1.64 elements a clock and multiprocessor: 78 instructions each. Counted (sm_90): 103,
+// slow paths of root and quotient included; these two, rounded as IEEE 754 says, are a third.
 //
 // Step and learning rate travel as arguments: a captured graph repeats the step that it was
 // captured with. Capture anew (or update the graph's arguments) where they change.
