@@ -13,8 +13,8 @@
 //
 // In a process where torch has an OpenMP runtime of as many threads, its threads run the lanes
 // (openmp.h says why). That loop ends only when every thread came, so a thread that the system has
-// descheduled holds it up for milliseconds; when that was seen, our own workers take over for a
-// while, longer each time it happens again soon.
+// descheduled holds it up for milliseconds; when that happens often, our own workers take over for
+// a while, longer each time it happens again soon.
 //
 // fork(): a child has the memory but not the threads. A counter that the atfork handler raises
 // tells a team and an owner of the parent from those of this process; the child drops them unseen
@@ -41,8 +41,11 @@ enum {
     SPIN_NS = 50000,
     // Borrowed threads: a wait this long after all work was done is one for a descheduled thread.
     LATE_NS = 300000,
-    SHUN_NS = 100000000, // our own threads for that long
-    SHUN_DOUBLINGS = 6,  // at most, if it happens again within PATIENCE calls
+    // Such waits are a debt, of which an eighth of all time that passes is forgiven; beyond this
+    // ...
+    DEBT_NS = 16000000,
+    SHUN_NS = 100000000, // ... our own threads for that long,
+    SHUN_DOUBLINGS = 6,  // longer if it happens again within PATIENCE prompt calls
     PATIENCE = 1000,
 };
 
@@ -98,7 +101,8 @@ struct hb_pool {
     hb_openmp openmp;
     bool has_openmp;
     unsigned long long libraries;        // of the process, when it was looked for
-    int64_t shunned_until, prompt_calls; // ns; calls since the last late one
+    int64_t shunned_until, debt, judged; // ns
+    int64_t prompt_calls;                // since the last late one
     int shun_doublings;
 };
 
@@ -461,20 +465,24 @@ static bool may_borrow(hb_pool *pool, uint32_t generation)
            (pool->shunned_until == 0 || now_ns() >= pool->shunned_until);
 }
 
-// Remembers whether the call ended promptly.
+// Remembers whether the call ended promptly. A late one now and then costs less than sharing the
+// processors with torch's threads; on a crowded machine nearly every call is late.
 static void judge(hb_pool *pool, int64_t done_ns)
 {
-    const int64_t now = now_ns();
-    if (done_ns == 0 || now - done_ns < LATE_NS) {
-        if (pool->prompt_calls < PATIENCE) pool->prompt_calls++;
+    const int64_t now = now_ns(), late = done_ns == 0 ? 0 : now - done_ns;
+    pool->debt -= (now - pool->judged) / 8;
+    if (pool->debt < 0) pool->debt = 0;
+    pool->judged = now;
+    if (late < LATE_NS) {
+        if (pool->prompt_calls < PATIENCE && ++pool->prompt_calls == PATIENCE)
+            pool->shun_doublings = 0;
         return;
     }
-    if (pool->prompt_calls >= PATIENCE)
-        pool->shun_doublings = 0;
-    else if (pool->shun_doublings < SHUN_DOUBLINGS)
-        pool->shun_doublings++;
     pool->prompt_calls = 0;
+    pool->debt += late;
+    if (pool->debt < DEBT_NS) return;
     pool->shunned_until = now + ((int64_t)SHUN_NS << pool->shun_doublings);
+    if (pool->shun_doublings < SHUN_DOUBLINGS) pool->shun_doublings++;
 }
 
 static void run_borrowed(hb_pool *pool, hb_team *team, int lanes, int64_t n_chunks, hb_chunk_fn fn,
