@@ -137,6 +137,7 @@ SCENARIOS = {
             for d, q in zip(DTYPES.values(), ["nf4", "fp4", "nf4"], strict=True)
         ],
     ),
+    "quantize_4bit search": (["quantize4"], lambda put: _C.quantize_4bit(put(W), scales="search")),
     "dequantize_4bit": (
         ["dequantize4"],
         lambda put: [

@@ -91,28 +91,17 @@ def test_linear_8bit_dynamic(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_input(dtype):
     dy = DY.astype(DTYPES[dtype])
-    ran = False
-    for entry, dense, call in [
-        ("linear4", DENSE4, lambda g: _C.linear_4bit_grad_input(
+    for dense, call in [
+        (DENSE4, lambda g: _C.linear_4bit_grad_input(
             g, device.gpu(PACKED), device.gpu(ABSMAX), "nf4", 64, W.shape)),
-        ("linear4", DENSE4, lambda g: _C.Linear4bit(_C.Params4bit.from_parts(
+        (DENSE4, lambda g: _C.Linear4bit(_C.Params4bit.from_parts(
             device.gpu(PACKED), device.gpu(ABSMAX), quant_type="nf4", blocksize=64, shape=W.shape)).grad_input(g)),
-        ("linear8", DENSE8, lambda g: _C.linear_8bit_grad_input(g, device.gpu(CODES8), device.gpu(SCALE8))),
-        ("linear8", DENSE8, lambda g: _C.Linear8bit(
+        (DENSE8, lambda g: _C.linear_8bit_grad_input(g, device.gpu(CODES8), device.gpu(SCALE8))),
+        (DENSE8, lambda g: _C.Linear8bit(
             _C.Int8Params.from_parts(device.gpu(CODES8), device.gpu(SCALE8))).grad_input(g)),
     ]:  # fmt: skip
-        if not device.has(entry):
-            continue
-        try:
-            found = call(device.gpu(dy))
-        except _C.CudaError as error:
-            if "(CUDA error 1)" not in str(error):
-                raise
-            continue  # a library whose kernel is not written yet
+        found = call(device.gpu(dy))
         check_product(found, dy, dense.T, None, dtype)
-        ran = True
-    if not ran:
-        pytest.skip("the library has no transposed product yet")
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -135,17 +124,12 @@ def test_from_float(double_quant):
 RUNNING = SCENARIOS | ALSO
 
 
-def runner(name, place=0):
-    """The scenario on device `place`."""
+def runner(name, place=0, skip=True):
+    """The scenario on device `place`; skip: launches are counted and fail, but no kernel runs, which takes long."""
     entries, run = RUNNING[name]
     needs(*entries)
-    call = lambda: run(lambda a: device.gpu(a, place))  # noqa: E731
-    if name == "grouped_linear_4bit":
-        try:
-            call()
-        except _C.CudaError:
-            pytest.skip("the library has no grouped product in 4 bits yet")
-    return call
+    device.skip(skip)
+    return lambda: run(lambda a: device.gpu(a, place))
 
 
 @pytest.mark.parametrize("name", RUNNING)
@@ -244,11 +228,16 @@ def test_no_stream(name):
 @pytest.mark.parametrize("name", RUNNING)
 def test_memory_that_is_hardly_aligned(name, shift):
     """The allocator's memory begins `shift` bytes past a multiple of 256: outputs, copies, workspaces and tables."""
-    call = runner(name)
+    call = runner(name, skip=False)
     expected = flatten(call())
     device.framework.knobs(shift=shift)
     for want, got in zip(expected, flatten(call()), strict=True):
-        np.testing.assert_array_equal(got.view("u1"), want.view("u1"))
+        if "linear" in name.lower():  # another kernel may add in another order
+            np.testing.assert_allclose(
+                got, want, rtol=0, atol=(DEPTH + 8) * 2.0**-23 * np.abs(X).max() * DEPTH
+            )
+        else:
+            np.testing.assert_array_equal(got.view("u1"), want.view("u1"))
 
 
 @pytest.mark.parametrize(
