@@ -273,11 +273,14 @@ class Cases(Comparison):
                 p, g = (self.data(n, dtype=dtype).to(place) for _ in range(2))
                 kind = torch.uint8 if bits == 8 else torch.float32
                 blocks = -(-n // 256) if bits == 8 else 0
-                states = [
-                    torch.full((n,), 127 if bits == 8 else 0, dtype=kind, device=place) for _ in range(2)
+                # AdEMAMix's first state is a fast and a slow moment.
+                shapes = ((2, n) if optimizer == "ademamix" else (n,), (n,))
+                empty = 127 if bits == 8 else 0
+                states = [torch.full(shape, empty, dtype=kind, device=place) for shape in shapes]
+                scales = [
+                    torch.zeros(*shape[:-1], blocks, device=place) if bits == 8 else None for shape in shapes
                 ]
-                scales = [torch.zeros(blocks, device=place) if bits == 8 else None for _ in range(2)]
-                second = optimizer == "adam"
+                second = optimizer in ("adam", "ademamix")
                 tensors.append([p, g, states[0], states[1] if second else None, scales[0],
                                 scales[1] if second else None, None])  # fmt: skip
             for step in (1, 2):
