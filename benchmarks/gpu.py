@@ -101,7 +101,9 @@ def layers(emulate: bool, remaining: Callable[[], float], only: str = "") -> dic
     report = environment.DEFAULT_JSON / "layers.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    paths = [str(path) for path in (ROOT, ROOT / "python", checks.parent, checks)]
+    tests = ROOT / "tests"
+    folders = (ROOT, ROOT / "python", checks.parent, checks, tests / "py", tests / "compat")
+    paths = [str(folder) for folder in folders]
     plugin = "torch_plugin" if emulate else "benchmarks.gpu_plugin"
     command = [sys.executable, "-m", "pytest", "-q", "-p", plugin, "-p", "no:cacheprovider", "--tb=line"]
     command += ["-o", "addopts=", f"--junitxml={report}", *(["-k", only] if only else [])]
