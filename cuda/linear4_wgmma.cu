@@ -49,7 +49,7 @@ enum {
     PRODUCERS = 256,     // threads that decode
     DEPTH = 64,          // of the summation, a stage
     COLUMNS = 128,       // of y, a tile
-    UNIT = 32,           // weights that a thread decodes, a stage
+    UNIT = 32,           // weights that a thread decodes at a time, two units a stage
     ROW_TILE = 64 * 128, // bytes of 64 rows of x
     W_TILE = COLUMNS * DEPTH * 2,
     PAIR_COPIES = 16,
@@ -81,6 +81,8 @@ struct shape {
         STAGE_BYTES = X_TILE + W_TILE,
         SHARED_BYTES = STAGES * STAGE_BYTES + PAIR_BYTES + MAP_BYTES + VALUE_BYTES + 2 * STAGES * 8
     };
+    // A warpgroup of producers comes back to the stages of one parity.
+    static_assert(STAGES % 2 == 0 && SHARED_BYTES <= 227 * 1024, "stages");
 };
 typedef shape<1, 1, 6, 4, 1, 0, 0> rows64;
 typedef shape<2, 1, 4, 2, 1, 96, 160> rows128;
@@ -88,7 +90,7 @@ typedef shape<2, 2, 4, 2, 1, 80, 176> rows256;
 
 struct wgmma_args {
     hb_cuda_linear4 a;
-    int64_t columns, depth; // of y, of the summation
+    int64_t columns; // of y
     int64_t row_tiles, column_tiles;
     int64_t steps, parts;              // stages of the summation in all, cut into parts
     float *partial;                    // [parts, m, columns] when parts > 1
@@ -518,7 +520,6 @@ int hb_cuda_launch_linear4_wgmma(const hb_cuda_queue *queue, const hb_cuda_linea
     w.a = *a;
     if (a->transposed) w.a.bias = nullptr;
     w.columns = p.columns;
-    w.depth = p.depth;
     w.row_tiles = p.row_tiles;
     w.column_tiles = p.column_tiles;
     w.steps = p.steps;
