@@ -17,7 +17,8 @@
 #include <cuda_runtime.h>
 
 #define HB_KERNEL(threads)                  __global__ void __launch_bounds__(threads)
-// The same for a kernel of which `blocks` should fit on a multiprocessor: limits its registers.
+// The same for a kernel of which `blocks` should fit on a multiprocessor: limits its registers, and
+// gives it all that this leaves, which registers_take and registers_give (hopper.cuh) rely on.
 #define HB_KERNEL_RESIDENT(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define HB_DEVICE                           static __device__ __forceinline__
 #define HB_CONSTANT                         static __constant__

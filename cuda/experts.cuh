@@ -44,14 +44,18 @@ HB_DEVICE int64_t shuffle64(int64_t value, int lane)
     return (int64_t)((uint64_t)shuffle((uint32_t)((uint64_t)value >> 32), lane) << 32 | low);
 }
 
-// Tile `tile` of `size` rows of x. Each warp finds it for itself, all lanes together: 32 experts a
-// round, running maxima of their offsets, running sums of their tiles.
+// Tile `tile` of `size` rows of x without experts.
+template <typename A> HB_DEVICE expert_rows plain_rows(const A &a, int64_t tile, int size)
+{
+    const int64_t begin = tile * size;
+    return {begin, begin + size < a.m ? begin + size : a.m, 0};
+}
+
+// The same with or without. Each warp finds it for itself, all lanes together: 32 experts a round,
+// running maxima of their offsets, running sums of their tiles.
 template <typename A> HB_DEVICE expert_rows expert_find(const A &a, int64_t tile, int size)
 {
-    if (a.offsets == nullptr) {
-        const int64_t begin = tile * size;
-        return {begin, begin + size < a.m ? begin + size : a.m, 0};
-    }
+    if (a.offsets == nullptr) return plain_rows(a, tile, size);
     const int lane = lane_index();
     int64_t offset_before = 0, tiles_before = 0;
     for (int64_t first = 0; first <= a.experts; first += HB_LANES) {

@@ -46,10 +46,6 @@ HB_DEVICE constexpr uint64_t operand_bits(uint32_t address, uint32_t leading, ui
 #define HB_SM90(...)
 #endif
 
-// A kernel of which `blocks` shall fit on a multiprocessor together. ptxas gives it the registers
-// that this allows, all of them, which registers_take and registers_give rely on.
-#define HB_KERNEL_FITTING(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-
 // A matrix in global memory with the box that one copy moves; an argument of the kernel.
 typedef CUtensorMap tensor_map;
 

@@ -20,7 +20,7 @@ template <int IO> HB_KERNEL(THREADS) linear4_sum_kernel(HB_ARGS linear4_job job)
         const int64_t j = i / job.outputs;
         int64_t expert = 0;
         if (job.a.offsets != nullptr)
-            while (expert < job.a.experts && linear4_offset(job.a, expert) <= j) expert++;
+            while (expert < job.a.experts && expert_offset(job.a, expert) <= j) expert++;
         if (job.a.offsets == nullptr || expert < job.a.experts)
             sum += bias_of(job.a, expert * job.outputs + i % job.outputs);
     }

@@ -1,5 +1,5 @@
-// What the kernels of the products with 4-bit weights share: the job that a launch gets, which rows
-// of x meet which expert, scales loaded in two steps, and where sums go.
+// What the kernels of the products with 4-bit weights share: the job that a launch gets, scales
+// loaded in two steps, and where sums go.
 //
 // A product is y[j, o] = sum over s of x[j, s] weight(o, s): outputs o are the rows of W and steps
 // s its columns, or the reverse when transposed. A job with splits > 1 shares the steps out among
@@ -9,6 +9,7 @@
 #define HB_CUDA_LINEAR4_CUH
 
 #include "codebooks.cuh"
+#include "experts.cuh"
 #include "kernels.cuh"
 #include "scales4.cuh"
 
@@ -31,15 +32,6 @@ static inline int64_t linear4_steps(const hb_cuda_linear4 &a)
     return a.transposed ? a.rows : a.depth;
 }
 
-// Tiles of `size` rows of x. Each expert, and the rows behind the last offset, may end with a
-// partly filled tile; no more tiles have anything in them than there are rows.
-static inline int64_t linear4_columns(const hb_cuda_linear4 &a, int64_t size)
-{
-    if (a.offsets == nullptr) return hb_ceil_div(a.m, size);
-    const int64_t most = (a.m + (a.experts + 1) * (size - 1)) / size;
-    return most < a.m ? most : a.m;
-}
-
 // The job for kernels that make `tile` outputs and `column` rows of x in a block. `splits` as from
 // linear4_splits; 1 without a workspace.
 static inline linear4_job linear4_job_of(const hb_cuda_linear4 &a, int64_t tile, int64_t column,
@@ -54,7 +46,7 @@ static inline linear4_job linear4_job_of(const hb_cuda_linear4 &a, int64_t tile,
     job.outputs = linear4_outputs(a);
     job.steps = linear4_steps(a);
     job.tiles = hb_ceil_div(job.outputs, tile);
-    job.columns = linear4_columns(a, column);
+    job.columns = expert_tiles(a, column);
     job.splits = splits;
     while ((int64_t)1 << (job.block_shift + 1) <= a.blocksize) job.block_shift++;
     while (nested >> (job.nested_shift + 1) != 0) job.nested_shift++;
@@ -84,74 +76,6 @@ int linear4_add_partial(const hb_cuda_queue *queue, const linear4_job &job);
 
 // ---- on the device ------------------------------------------------------------------------------
 
-// Rows [begin, end) of x, all of which meet one expert; expert -1: their y is 0. Empty (begin ==
-// end) where an upper bound of tiles was too high.
-struct linear4_rows {
-    int64_t begin, end, expert;
-};
-
-// Offset e, forced between 0 and m; everything behind the last expert belongs to nobody.
-HB_DEVICE int64_t linear4_offset(const hb_cuda_linear4 &a, int64_t e)
-{
-    if (e >= a.experts) return a.m;
-    int64_t value = a.offsets_dtype == HB_I32 ? load((const int32_t *)a.offsets + e)
-                                              : load((const int64_t *)a.offsets + e);
-    return value < 0 ? 0 : value > a.m ? a.m : value;
-}
-
-HB_DEVICE int64_t shuffle_from(int64_t value, int lane)
-{
-    const uint32_t low = shuffle((uint32_t)value, lane);
-    return (int64_t)((uint64_t)shuffle((uint32_t)((uint64_t)value >> 32), lane) << 32 | low);
-}
-
-// Tile `column` of `size` rows of x without experts.
-HB_DEVICE linear4_rows linear4_plain_rows(const hb_cuda_linear4 &a, int64_t column, int size)
-{
-    const int64_t begin = column * size;
-    return {begin, begin + size < a.m ? begin + size : a.m, 0};
-}
-
-// The same with or without. Each warp finds it for itself, all lanes together: 32 experts
-// a round, running maxima of their offsets, running sums of their tiles.
-HB_DEVICE linear4_rows linear4_find(const hb_cuda_linear4 &a, int64_t column, int size)
-{
-    if (a.offsets == nullptr) return linear4_plain_rows(a, column, size);
-    const int lane = lane_index();
-    int64_t offset_before = 0, tiles_before = 0;
-    for (int64_t first = 0; first <= a.experts; first += HB_LANES) {
-        int64_t end = linear4_offset(a, first + lane);
-        if (end < offset_before) end = offset_before;
-        for (int step = 1; step < HB_LANES; step *= 2) {
-            const int64_t other = shuffle_from(end, lane >= step ? lane - step : lane);
-            if (other > end) end = other;
-        }
-        int64_t begin = shuffle_from(end, lane > 0 ? lane - 1 : 0);
-        if (lane == 0) begin = offset_before;
-        int64_t tiles = (end - begin + size - 1) / size;
-        for (int step = 1; step < HB_LANES; step *= 2) {
-            const int64_t other = shuffle_from(tiles, lane >= step ? lane - step : lane);
-            if (lane >= step) tiles += other;
-        }
-        // Lanes whose running sum is not beyond `column` come before the one that has it.
-        int found = tiles_before + tiles > column ? 0 : 1;
-        for (int mask = 1; mask < HB_LANES; mask *= 2)
-            found += (int)shuffle_xor((uint32_t)found, mask);
-        if (found < HB_LANES) {
-            const int64_t before =
-                tiles_before + (found > 0 ? shuffle_from(tiles, found - 1) : (int64_t)0);
-            begin = shuffle_from(begin, found) + (column - before) * size;
-            end = shuffle_from(end, found);
-            const int64_t expert = first + found;
-            return {begin, begin + size < end ? begin + size : end,
-                    expert < a.experts ? expert : -1};
-        }
-        offset_before = shuffle_from(end, HB_LANES - 1);
-        tiles_before += shuffle_from(tiles, HB_LANES - 1);
-    }
-    return {0, 0, -1};
-}
-
 // A scale between its load and its use: with nested scales the product waits for the latter.
 struct linear4_scale {
     float value;   // absmax, or that of absmax_codes
@@ -176,7 +100,7 @@ HB_DEVICE float scale_finish(const linear4_scale &scale, const float *map, float
 
 // Sum of one output of row j of x: into y with the bias, or beside the other splits' sums.
 template <int IO>
-HB_DEVICE void linear4_store(const linear4_job &job, int64_t split, const linear4_rows &rows,
+HB_DEVICE void linear4_store(const linear4_job &job, int64_t split, const expert_rows &rows,
                              int64_t j, int64_t output, float sum)
 {
     const int64_t at = j * job.outputs + output;

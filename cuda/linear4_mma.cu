@@ -69,7 +69,7 @@ template <bool FINE> struct chunk_data {
 
 template <bool FINE, bool NESTED>
 HB_DEVICE source source_of(const linear4_job &job, int64_t tile, int64_t split,
-                           const linear4_rows &rows)
+                           const expert_rows &rows)
 {
     const hb_cuda_linear4 &a = job.a;
     const int g = lane_index() / 4, t = lane_index() % 4;
@@ -182,7 +182,7 @@ linear4_mma_kernel(HB_ARGS linear4_job job)
 
     // An item is (tile, split, columns), the columns first. With experts there is one a block.
     int64_t item = block_index();
-    linear4_rows rows = linear4_find(a, item % job.columns, COLUMNS);
+    expert_rows rows = expert_find(a, item % job.columns, COLUMNS);
     if (rows.begin >= rows.end) return; // the whole block
     int64_t tile = item / job.columns / job.splits, split = item / job.columns % job.splits;
     source s = source_of<FINE, NESTED>(job, tile, split, rows);
@@ -199,7 +199,7 @@ linear4_mma_kernel(HB_ARGS linear4_job job)
     for (int parity = 0;; parity ^= 1) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         const int64_t next = item + grid_blocks();
-        const linear4_rows these = rows;
+        const expert_rows these = rows;
         const int64_t this_tile = tile, this_split = split;
         for (; s.chunk + TURN < s.end;) { // a full turn, and there are chunks behind it
             s.chunk += TURN;
@@ -215,7 +215,7 @@ linear4_mma_kernel(HB_ARGS linear4_job job)
         const uint32_t chunk = s.chunk, end = s.end; // the last turn
         s.end = 0;
         if (next < items) {
-            rows = linear4_plain_rows(a, next % job.columns, COLUMNS);
+            rows = plain_rows(a, next % job.columns, COLUMNS);
             tile = next / job.columns / job.splits;
             split = next / job.columns % job.splits;
             s = source_of<FINE, NESTED>(job, tile, split, rows);
@@ -250,7 +250,7 @@ linear4_mma_kernel(HB_ARGS linear4_job job)
 
 int64_t splits(const hb_cuda_queue *queue, const hb_cuda_linear4 &a)
 {
-    const int64_t blocks = hb_ceil_div(a.rows, (int64_t)ROWS) * linear4_columns(a, COLUMNS);
+    const int64_t blocks = hb_ceil_div(a.rows, (int64_t)ROWS) * expert_tiles(a, COLUMNS);
     return linear4_splits(queue, blocks, hb_ceil_div(a.depth, (int64_t)CHUNK), RESIDENT,
                           SPLIT_CHUNKS);
 }

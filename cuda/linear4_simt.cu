@@ -89,13 +89,13 @@ template <int IO> HB_DEVICE void load_x(const void *x, int64_t i, float *value)
 // Which tile, split and rows of x a block has.
 struct place {
     int64_t tile, split;
-    linear4_rows rows;
+    expert_rows rows;
 };
 
 HB_DEVICE place place_of(const linear4_job &job)
 {
     const int64_t column = block_index() % job.columns, rest = block_index() / job.columns;
-    return {rest % job.tiles, rest / job.tiles, linear4_find(job.a, column, COLUMNS)};
+    return {rest % job.tiles, rest / job.tiles, expert_find(job.a, column, COLUMNS)};
 }
 
 template <int IO, bool IS_WIDE>
@@ -221,8 +221,7 @@ int64_t tile_of(const hb_cuda_linear4 &a)
 
 int64_t splits(const hb_cuda_queue *queue, const hb_cuda_linear4 &a)
 {
-    const int64_t blocks =
-        hb_ceil_div(linear4_outputs(a), tile_of(a)) * linear4_columns(a, COLUMNS);
+    const int64_t blocks = hb_ceil_div(linear4_outputs(a), tile_of(a)) * expert_tiles(a, COLUMNS);
     return linear4_splits(queue, blocks, linear4_steps(a), RESIDENT,
                           a.transposed ? SPLIT_ROWS : SPLIT_DEPTH);
 }

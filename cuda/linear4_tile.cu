@@ -92,7 +92,7 @@ template <typename S> struct copier {
 };
 
 template <typename S>
-HB_DEVICE copier<S> copier_of(const linear4_job &job, const linear4_rows &rows, int64_t output,
+HB_DEVICE copier<S> copier_of(const linear4_job &job, const expert_rows &rows, int64_t output,
                               int64_t step)
 {
     const hb_cuda_linear4 &a = job.a;
@@ -345,7 +345,7 @@ linear4_tile_kernel(HB_ARGS linear4_job job)
 
     const int64_t column = block_index() % job.columns, rest = block_index() / job.columns;
     const int64_t output = rest % job.tiles * OUTPUTS, split = rest / job.tiles;
-    const linear4_rows rows = linear4_find(a, column, S::COLUMNS);
+    const expert_rows rows = expert_find(a, column, S::COLUMNS);
     if (rows.begin >= rows.end) return; // the whole block
     const int64_t all = (job.steps + STEPS - 1) / STEPS;
     const int64_t first = all * split / job.splits;
@@ -444,7 +444,7 @@ int64_t columns_of(const hb_cuda_linear4 &a)
 int64_t splits(const hb_cuda_queue *queue, const hb_cuda_linear4 &a)
 {
     const int64_t tiles = hb_ceil_div(linear4_outputs(a), (int64_t)OUTPUTS);
-    return linear4_splits(queue, tiles * linear4_columns(a, columns_of(a)),
+    return linear4_splits(queue, tiles * expert_tiles(a, columns_of(a)),
                           hb_ceil_div(linear4_steps(a), (int64_t)STEPS), RESIDENT, SPLIT_STAGES);
 }
 

@@ -371,7 +371,7 @@ HB_DEVICE void consume(const wgmma_args &w, const unsigned char *stages, uint64_
 }
 
 template <int IO, bool TRANSPOSED, bool WIDE, typename S>
-HB_KERNEL_FITTING(S::THREADS, S::BLOCKS)
+HB_KERNEL_RESIDENT(S::THREADS, S::BLOCKS)
 linear4_wgmma_kernel(HB_ARGS wgmma_args w)
 {
     unsigned char *stages = shared_tiles();

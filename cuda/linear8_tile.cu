@@ -197,7 +197,7 @@ HB_DEVICE void store_run(void *y, int64_t i, const float *value, int count, bool
 }
 
 template <int IO, typename S, bool SUMS>
-HB_KERNEL(THREADS)
+HB_KERNEL_RESIDENT(THREADS, 1)
 linear8_tile_kernel(HB_ARGS linear8_job job)
 {
     const hb_cuda_linear8 &a = job.a;

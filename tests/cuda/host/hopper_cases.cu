@@ -44,7 +44,7 @@ HB_DEVICE void write_out(float *out, const float *d)
 }
 
 // out = A B: a tensor copy brings A, the threads store B.
-template <int FAULT> HB_KERNEL_FITTING(160, 1) pipeline(HB_ARGS pipeline_args a)
+template <int FAULT> HB_KERNEL_RESIDENT(160, 1) pipeline(HB_ARGS pipeline_args a)
 {
     unsigned char *a_tile = shared_tiles() + (FAULT == BOX_MISALIGNED ? 512 : 0);
     unsigned char *b_tile = shared_tiles() + 9216;
@@ -110,7 +110,7 @@ struct product_args {
 };
 
 // out = 2 A B, operands at byte a and b of the image.
-HB_KERNEL_FITTING(128, 1) product_of_image(HB_ARGS product_args a)
+HB_KERNEL_RESIDENT(128, 1) product_of_image(HB_ARGS product_args a)
 {
     unsigned char *image = shared_tiles();
     for (int64_t i = thread_index(); i < a.bytes / 16; i += 128)
@@ -141,7 +141,7 @@ struct ring_args {
 };
 
 // Boxes at (64 step - 16, 8 step - 8) through a ring of two, each read back by 64 threads.
-HB_KERNEL_FITTING(96, 1) ring(HB_ARGS ring_args a)
+HB_KERNEL_RESIDENT(96, 1) ring(HB_ARGS ring_args a)
 {
     enum { STEPS = 5, STAGES = 2, BOX = 8192 };
     unsigned char *tile = shared_tiles();

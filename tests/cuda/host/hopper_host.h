@@ -14,8 +14,6 @@
 
 #include "dev_host.h"
 
-#define HB_KERNEL_FITTING(threads, blocks) static void
-
 struct alignas(64) tensor_map {
     const uint16_t *start;
     int64_t rows, columns;
