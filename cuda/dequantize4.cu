@@ -32,13 +32,7 @@ template <int IO, bool ALIGNED> HB_KERNEL(THREADS) dequantize4_kernel(HB_ARGS hb
     float value[EACH];
     if (ALIGNED && i + EACH <= a.n) {
         const float scale = scale_of(a.scales, map, offset, block_of(element, a.blocksize));
-        const uint2 codes = load_once((const uint2 *)(a.packed + element / 2));
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            uint32_t word = j < 8 ? codes.x : codes.y;
-            int shift = 8 * (j % 8 / 2) + (j % 2 ? 0 : 4);
-            value[j] = mul_rn(shared_load(table + (word >> shift & 15)), scale);
-        }
+        decode16(table, load_once((const uint2 *)(a.packed + element / 2)), scale, value);
         store8<IO>(a.out, i, value);
         store8<IO>(a.out, i + 8, value + 8);
         return;

@@ -39,13 +39,7 @@ template <int IO> HB_KERNEL(THREADS) gather4_kernel(HB_ARGS hb_cuda_gather4 a)
     if (start >= 0) {
         const int64_t element = start + i % a.depth;
         const float scale = scale_of(a.scales, map, offset, block_of(element, a.blocksize));
-        const uint2 codes = load((const uint2 *)(a.packed + element / 2));
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            const uint32_t word = j < 8 ? codes.x : codes.y;
-            const int shift = 8 * (j % 8 / 2) + (j % 2 ? 0 : 4);
-            value[j] = mul_rn(shared_load(table + (word >> shift & 15)), scale);
-        }
+        decode16(table, load((const uint2 *)(a.packed + element / 2)), scale, value);
     }
     store8<IO>(a.out, i, value);
     store8<IO>(a.out, i + 8, value + 8);

@@ -48,14 +48,10 @@ transpose4_kernel(HB_ARGS transpose_args args)
     const int64_t left = row < args.rows ? a.columns - column : 0;
     if (ALIGNED && left >= EACH) {
         const float scale = scale_of(a.scales, map, offset, block_of(element, a.blocksize));
-        const uint2 codes = load((const uint2 *)(a.packed + element / 2));
+        float value[EACH];
+        decode16(table, load((const uint2 *)(a.packed + element / 2)), scale, value);
 #pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            const uint32_t word = j < 8 ? codes.x : codes.y;
-            const int shift = 8 * (j % 8 / 2) + (j % 2 ? 0 : 4);
-            const float value = shared_load(table + (word >> shift & 15));
-            shared_store(tile + (c + j) * PITCH + r, mul_rn(value, scale));
-        }
+        for (int j = 0; j < EACH; j++) shared_store(tile + (c + j) * PITCH + r, value[j]);
     } else {
         for (int j = 0; j < EACH && j < left; j++) {
             const int64_t i = element + j;
