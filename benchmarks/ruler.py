@@ -11,7 +11,13 @@ import numpy as np
 
 from .environment import ROOT
 
-SOURCES = ("benchmarks/ruler.c", "csrc/core/parallel.c", "csrc/core/thread_count.c", "csrc/core/cpu.c")
+SOURCES = (
+    "benchmarks/ruler.c",
+    "csrc/core/parallel.c",
+    "csrc/core/openmp.c",
+    "csrc/core/thread_count.c",
+    "csrc/core/cpu.c",
+)
 FLAGS = (
     "-std=c11",
     "-O3",

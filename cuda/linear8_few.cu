@@ -200,7 +200,7 @@ HB_DEVICE void add_outliers(const hb_cuda_linear8 &a, const source &s, int chunk
 }
 
 template <int IO, int TILES, bool FUSED>
-HB_KERNEL(THREADS)
+HB_KERNEL_RESIDENT(THREADS, 2)
 linear8_few_kernel(HB_ARGS linear8_job job)
 {
     typedef places<TILES> at;

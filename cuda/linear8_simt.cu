@@ -104,7 +104,9 @@ template <int IO, int EACH> HB_KERNEL(THREADS) linear8_float_kernel(HB_ARGS line
     }
 }
 
-template <int IO, int EACH> HB_KERNEL(THREADS) linear8_back_kernel(HB_ARGS linear8_job job)
+template <int IO, int EACH>
+HB_KERNEL_RESIDENT(THREADS, 1)
+linear8_back_kernel(HB_ARGS linear8_job job)
 {
     enum { TILE = HB_LANES * EACH };
     const hb_cuda_linear8 &a = job.a;

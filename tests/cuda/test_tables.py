@@ -26,7 +26,7 @@ def test_upload(count):
 def test_upload_refuses_more_than_it_carries():
     emulator = emulated()
     emulator.reset()
-    with pytest.raises(AssertionError, match="error"):
+    with pytest.raises(AssertionError, match="invalid argument"):
         emulator.run("upload", Upload(count=257))
 
 

@@ -12,7 +12,7 @@ installed, in turns, with weights that are not in the cache. Close what else run
 is faster than dense. (bitsandbytes' float32 layer computes in bfloat16 on processors that can.)
 
 examples:
-  halfbyte bench                                   a few seconds, one row and more
+  halfbyte bench                                   a minute: 1, 8 and 64 rows
   halfbyte bench --rows 1 512 --depth 14336 --json
 """
 
