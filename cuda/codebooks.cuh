@@ -122,17 +122,6 @@ HB_DEVICE void codebook_fill(float *value, int format)
     if (t < 16) shared_store(value + t, codebooks[format].value[t]);
 }
 
-// 16 weights of one scale, from the table of codebook_fill.
-HB_DEVICE void decode16(const float *table, uint2 codes, float scale, float *value)
-{
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-        const uint32_t word = j < 8 ? codes.x : codes.y;
-        const int shift = 8 * (j % 8 / 2) + (j % 2 ? 0 : 4);
-        value[j] = mul_rn(shared_load(table + (word >> shift & 15)), scale);
-    }
-}
-
 // To be followed by block_sync; by a block of at least 32 threads.
 HB_DEVICE void encoder4_fill(encoder4 *shared, int format)
 {

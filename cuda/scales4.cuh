@@ -57,4 +57,15 @@ HB_DEVICE float bias_of(const hb_cuda_linear4 &a, int64_t i)
     }
 }
 
+// 16 weights of one scale, from the table of codebook_fill.
+HB_DEVICE void decode16(const float *table, uint2 codes, float scale, float *value)
+{
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        const uint32_t word = j < 8 ? codes.x : codes.y;
+        const int shift = 8 * (j % 8 / 2) + (j % 2 ? 0 : 4);
+        value[j] = mul_rn(shared_load(table + (word >> shift & 15)), scale);
+    }
+}
+
 #endif
