@@ -32,7 +32,7 @@ FLAGS = (
 
 def _library() -> Path:
     target = ROOT / "build" / "benchmarks" / "ruler.so"
-    needed = [ROOT / source for source in SOURCES] + [ROOT / "benchmarks" / "machine_loops.h"]
+    needed = [ROOT / source for source in SOURCES] + [ROOT / "benchmarks" / "machine_loops.h", Path(__file__)]
     if target.exists() and all(path.stat().st_mtime <= target.stat().st_mtime for path in needed):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
