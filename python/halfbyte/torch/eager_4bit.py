@@ -11,29 +11,21 @@ import torch
 from torch import Tensor
 
 from halfbyte import _C
-from halfbyte.torch.ops_4bit import linear_4bit_cuda, linear_4bit_grad_input_cuda
+from halfbyte.torch.ops_4bit import linear_4bit_cuda, linear_4bit_grad_input_cuda, nested_keywords
 from halfbyte.torch.quant_state import QuantState
 
 
-def nested_statistics(state: QuantState) -> dict[str, Any]:
-    """The nested_* keyword arguments of `_C` for a state on the CPU."""
-    if not state.nested:
-        return {}
-    state2 = state.state2
-    return {
-        "nested_absmax": state2.absmax,
-        "nested_map": state2.code,
-        "nested_offset": float(state.offset),
-        "nested_blocksize": state2.blocksize,
-    }
-
-
-def nested_arguments(state: QuantState) -> tuple[Any, ...]:
+def nested_operands(state: QuantState) -> tuple[Any, ...]:
     """The last arguments of the operators, which leave the offset where it is."""
     if not state.nested:
         return ()
     state2 = state.state2
     return state2.absmax, state2.code, state.offset, state2.blocksize
+
+
+def nested_statistics(state: QuantState) -> dict[str, Any]:
+    """The nested_* keyword arguments of `_C` for a state on the CPU."""
+    return nested_keywords(*nested_operands(state)) if state.nested else {}
 
 
 class EagerLinear4bit(torch.autograd.Function):
@@ -48,7 +40,7 @@ class EagerLinear4bit(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         layout = state.quant_type, state.blocksize, state.shape, bias, compute
         if x.is_cuda:
-            return linear_4bit_cuda(x, packed, state.absmax, *layout, *nested_arguments(state))
+            return linear_4bit_cuda(x, packed, state.absmax, *layout, *nested_operands(state))
         return _C.linear_4bit(x, packed, state.absmax, *layout, **nested_statistics(state))
 
     @staticmethod
@@ -60,10 +52,10 @@ class EagerLinear4bit(torch.autograd.Function):
             layout = state.quant_type, state.blocksize, state.shape, ctx.compute
             if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
                 dx = torch.ops.halfbyte.linear_4bit_grad_input(
-                    dy, packed.detach().as_subclass(Tensor), state.absmax, *layout, *nested_arguments(state)
+                    dy, packed.detach().as_subclass(Tensor), state.absmax, *layout, *nested_operands(state)
                 )
             elif dy.is_cuda:
-                dx = linear_4bit_grad_input_cuda(dy, packed, state.absmax, *layout, *nested_arguments(state))
+                dx = linear_4bit_grad_input_cuda(dy, packed, state.absmax, *layout, *nested_operands(state))
             else:
                 dx = _C.linear_4bit_grad_input(dy, packed, state.absmax, *layout, **nested_statistics(state))
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:

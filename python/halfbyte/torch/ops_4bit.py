@@ -31,7 +31,7 @@ _NESTED = (
 _WEIGHT = "Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape"
 
 
-def nested_arguments(
+def nested_keywords(
     nested_absmax: Tensor | None,
     nested_map: Tensor | None,
     nested_offset: Tensor | None,
@@ -122,7 +122,7 @@ def _dequantize_4bit(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> Tensor:
-    nested = nested_arguments(nested_absmax, nested_map, nested_offset, nested_blocksize)
+    nested = nested_keywords(nested_absmax, nested_map, nested_offset, nested_blocksize)
     return _C.dequantize_4bit(
         flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), dtype, **nested
     )
@@ -280,7 +280,7 @@ def _linear_4bit(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> Tensor:
-    nested = nested_arguments(nested_absmax, nested_map, nested_offset, nested_blocksize)
+    nested = nested_keywords(nested_absmax, nested_map, nested_offset, nested_blocksize)
     compute = "float32" if compute == "float16" else compute
     return _C.linear_4bit(
         x, flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), bias, compute, **nested
@@ -349,7 +349,7 @@ def _linear_4bit_grad_input(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> Tensor:
-    nested = nested_arguments(nested_absmax, nested_map, nested_offset, nested_blocksize)
+    nested = nested_keywords(nested_absmax, nested_map, nested_offset, nested_blocksize)
     compute = "float32" if compute == "float16" else compute
     return _C.linear_4bit_grad_input(
         dy, flat_bytes(packed), absmax, quant_type, blocksize, tuple(shape), compute, **nested

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.torch._library import define, flat_bytes
-from halfbyte.torch.ops_4bit import compute_dtype, nested_arguments, nested_on_device
+from halfbyte.torch.ops_4bit import compute_dtype, nested_keywords, nested_on_device
 
 _STACK = "Tensor packed, Tensor absmax, str quant_type, int blocksize, SymInt[] shape"
 _NESTED = (
@@ -77,7 +77,7 @@ def _grouped_linear_4bit(
     columns = _check("grouped_linear_4bit", x, tuple(shape), transposed)
     experts, *matrix = shape
     size = math.prod(matrix)
-    nested = nested_arguments(nested_absmax, nested_map, nested_offset, nested_blocksize)
+    nested = nested_keywords(nested_absmax, nested_map, nested_offset, nested_blocksize)
     unit = blocksize * (nested_blocksize if nested else 1)
     compute = "float32" if compute == "float16" else compute
     product = _C.linear_4bit_grad_input if transposed else _C.linear_4bit

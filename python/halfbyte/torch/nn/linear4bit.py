@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from halfbyte import _C
 from halfbyte.torch._library import autocast_dtype
-from halfbyte.torch.eager_4bit import EagerLinear4bit, nested_arguments, nested_statistics
+from halfbyte.torch.eager_4bit import EagerLinear4bit, nested_operands, nested_statistics
 from halfbyte.torch.functional import linear_4bit
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
 from halfbyte.torch.nn.saving import Saves4bit
@@ -148,7 +148,7 @@ class Linear4bit(Saves4bit, nn.Linear):
                 return EagerLinear4bit.apply(x, weight, bias, state, compute)
             layout = state.quant_type, state.blocksize, state.shape, bias, compute
             if x.is_cuda:
-                return linear_4bit_cuda(x, weight, state.absmax, *layout, *nested_arguments(state))
+                return linear_4bit_cuda(x, weight, state.absmax, *layout, *nested_operands(state))
             return _C.linear_4bit(x, weight, state.absmax, *layout, **nested_statistics(state))
         state = repair_quant_state(self)
         bias = cast_bias(self.bias, x)
