@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 BAR, GAP, LEFT, WIDTH, TOP = 18, 6, 260, 420, 64
-COLORS = {"read": "#9aa0a6", "halfbyte": "#1a73e8", "torch": "#e8710a", "bitsandbytes": "#b5651d"}
+COLORS = {
+    "read": "#9aa0a6",
+    "halfbyte": "#1a73e8",
+    "torch": "#e8710a",
+    "bitsandbytes": "#b5651d",
+    "ggml": "#188038",
+}
 
 
 def bars(result: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from halfbyte import _C
 from halfbyte.torch import optim
 
 from . import contest as contests
+from . import ggml
 from .contest import Entry, measure, rows
 from .ruler import Ruler
 
@@ -54,7 +55,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, threads: int) -> None:
         self.rows, self.depth, self.seconds = options.size, options.depth or options.size, options.seconds
         self.cold_bytes = 4 * cache_bytes() if self.rows * self.depth >= 1 << 22 else 0
-        self.ruler = Ruler(threads)
+        self.threads, self.ruler = threads, Ruler(threads)
         self.room = np.ones(max(self.cold_bytes, 1 << 24), np.uint8)
         torch.manual_seed(0)
         self.weight = torch.randn(self.rows, self.depth) * 0.02
@@ -147,6 +148,31 @@ class Bench:
         nbytes = self.rows * self.depth
         return self.copies(lambda: copy.deepcopy(layer), nbytes), nbytes
 
+    def ggml_4bit(self, counts: tuple[int, ...]) -> Callable[[int], Entry] | None:
+        """`made(m)`: an entry with m rows of x, each of `counts`; None without llama-cpp-python."""
+        if ggml.installed() is None or self.depth % ggml.Q4_BLOCK:
+            return None
+        library = ggml.Ggml(self.threads)
+        packed = library.quantize(self.weight.numpy())
+        x = {m: np.random.default_rng(m).standard_normal((m, self.depth), np.float32) for m in counts}
+
+        def make() -> ggml.Layer:
+            layer = library.layer(packed)
+            for rows_of_x in x.values():
+                layer.prepare(rows_of_x)
+            return layer
+
+        take = self.copies(make, packed.nbytes)
+        kind = " repack" if take(0).buffer == "CPU_REPACK" else ""
+
+        def made(m: int) -> Entry:
+            entry = Entry(f"ggml q4_0{kind}, int8 x", lambda i: take(i).run(m))
+            entry.bytes = packed.nbytes if m <= 4 else 0
+            entry.operations = self.multiply_adds * m if m > 1 else 0
+            return entry
+
+        return made
+
 
 def entry(name: str, layer: tuple, x: torch.Tensor, bench: Bench, operations: bool = False) -> Entry:
     take, nbytes = layer
@@ -184,6 +210,9 @@ def one_row(bench: Bench, bnb: Any) -> list[Row]:
             entry("bitsandbytes fp4 bfloat16", bench.bitsandbytes_4bit(bnb, BF16, "fp4"), half, bench),
             entry("bitsandbytes int8", bench.bitsandbytes_int8(bnb), x.half(), bench),
         ]
+    q4_0 = bench.ggml_4bit((1,))
+    if q4_0 is not None:
+        entries.append(q4_0(1))
     with torch.no_grad():
         measure(entries, bench.seconds * 3)
     return rows("one row", entries, "read")
@@ -193,6 +222,7 @@ def many_rows(bench: Bench, bnb: Any) -> list[Row]:
     nf4, nf4_bf16 = bench.halfbyte_4bit(), bench.halfbyte_4bit(compute="bfloat16")
     dense, dense_bf16, int4pack = bench.dense(F32), bench.dense(BF16), bench.int4pack()
     fused = None if bnb is None else bench.bitsandbytes_4bit(bnb, BF16)
+    q4_0 = bench.ggml_4bit(ROW_COUNTS)
     table: list[Row] = []
     for m in ROW_COUNTS:
         x = torch.randn(m, bench.depth)
@@ -201,6 +231,8 @@ def many_rows(bench: Bench, bnb: Any) -> list[Row]:
             entry("halfbyte nf4 float32", nf4, x, bench, True),
             entry("torch F.linear float32", dense, x, bench, True),
         ]
+        if q4_0 is not None:
+            exact.append(q4_0(m))
         rounded = [
             entry("halfbyte nf4 bfloat16", nf4_bf16, half, bench, True),
             entry("torch F.linear bfloat16", dense_bf16, half, bench, True),

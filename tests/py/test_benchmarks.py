@@ -1,11 +1,13 @@
 """The benchmarks run, on next to nothing, and write what they promise."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,7 @@ def test_peers(tmp_path):
     libraries = {row["name"].split()[0].split(".")[0] for row in result["rows"]}
     assert "halfbyte" in libraries
     assert ("bitsandbytes" in libraries) == ("bitsandbytes" not in absent)
+    assert ("ggml" in libraries) == ("llama-cpp-python" not in absent)
     for row in result["rows"]:
         assert row["samples"] >= 5 and 0 < row["p10_us"] <= row["median_us"]
         assert row["name"] in done.stdout
@@ -78,6 +81,33 @@ def test_peers(tmp_path):
                 r for r in result["rows"] if (r["title"], r["name"]) == (row["title"], row["reference"])
             )
             assert row["ratio"] == pytest.approx(base["p10_us"] / row["p10_us"], rel=0.01)
+
+
+def test_ggml_multiplies(monkeypatch):
+    """Its product of Q4_0 weights is that of the weights they stand for, but for x, which it rounds to 8 bits."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    ggml = importlib.import_module("benchmarks.ggml")
+    if ggml.installed() is None:
+        pytest.skip("llama-cpp-python is not installed")
+    library = ggml.Ggml(2)
+    weight = np.random.default_rng(0).standard_normal((64, 256), np.float32)
+    packed = library.quantize(weight)
+    decoded = ggml.dequantize(packed)
+    # A block's scale is its largest magnitude / -8, so that a value of the other sign misses by up to one scale.
+    scale = np.abs(weight).reshape(64, -1, 32).max(-1, keepdims=True) / 8
+    assert (np.abs(decoded - weight).reshape(64, -1, 32) <= scale * (1 + 2**-9)).all()
+    layer = library.layer(packed)
+    for m in (1, 3, 16):
+        x = np.random.default_rng(m).standard_normal((m, 256), np.float32)
+        layer.prepare(x).run(m)
+        # |x - rounded x| <= 1/2 step of 1/127 of its block's maximum, and twice 2^-11 for float16 scales.
+        step = np.abs(x).reshape(m, -1, 32).max(-1, keepdims=True) / 127
+        error = (np.broadcast_to(step / 2, (m, 8, 32)).reshape(m, -1) + np.abs(x) * 2**-10) @ np.abs(
+            decoded
+        ).T
+        assert (np.abs(layer.result(m) - x @ decoded.T) <= error * 1.01).all()
+    with pytest.raises(ValueError, match="multiple of 32"):
+        library.quantize(weight[:, :100])
 
 
 def test_peers_says_which_contests_there_are(tmp_path):
