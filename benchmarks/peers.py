@@ -1,4 +1,4 @@
-"""halfbyte against torch, bitsandbytes and llama.cpp's ggml, interleaved in one process, beside what the machine can do.
+"""halfbyte against torch, bitsandbytes and ggml, interleaved in one process, beside what the machine can do.
 
     python -m benchmarks peers [PART] [--threads 1,2] [--seconds N] [--size N] [--depth N]
                                   [--pin] [--json FILE]
@@ -8,7 +8,8 @@ are 4096 x 4096 (--size outputs, --depth inputs); every call uses another copy, 
 the last-level cache, so they come from DRAM as a model's layers do. Times are 10th percentile and median of
 calls taken in turns (contest.py). `ratio` is the reference's time over the entry's: beside "read" it is the
 share of raw read bandwidth, beside another library how many times as fast. A peer that is not installed
-is listed as absent; how to install ggml says ggml.py. Contests, chosen by PART: one row, rows, grad, quantize, optimizers, int8, calls, import.
+is listed as absent; ggml.py says how to install ggml, llama.cpp's kernels. Contests, chosen by PART: one row,
+rows, grad, quantize, optimizers, int8, calls, import.
 """
 
 from __future__ import annotations
