@@ -44,7 +44,7 @@ typedef struct {
 #define HB_LINEAR4_MAX_TILE_ROWS 32
 #define HB_LINEAR4_MAX_TILE_COLS 64
 #define HB_LINEAR4_X_GROUP       128 // permuted x is padded with zeros to a multiple of this
-#define HB_LINEAR4_X_BLOCK       16  // packed x keeps so many steps of a row together
+#define HB_LINEAR4_X_BLOCK       16  // what most sets have as x_block
 
 typedef struct {
     int32_t dot_rows;    // rows of x that one call of dot takes at most
@@ -54,6 +54,7 @@ typedef struct {
     int32_t panel_steps; // values of the summed index per panel: a power of two, 128..1024
     int32_t pair; // consecutive values of the summed index kept together: 1, or 2 for bfloat16
     int32_t element_bytes; // of permuted x, packed x and panels: 4 float32, 2 bfloat16
+    int32_t x_block;       // packed x keeps so many steps of a row together: 16 or 32
     // Column of W, counted from the panel's first, at each place of a decode_cols panel.
     uint8_t column_order[HB_LINEAR4_MAX_TILE_COLS];
     bool columns_in_order; // column_order[c] == c for all c
@@ -66,7 +67,7 @@ typedef struct {
     void (*dot)(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const void *permuted, int n_x,
                 float *y, int64_t y_stride);
     // One tile of x: n_x (1..tile_rows) rows at x + t * x_stride elements of dtype ->
-    // packed[ceil(steps / 16)][tile_rows][16], zeros where there is no row or step.
+    // packed[ceil(steps / x_block)][tile_rows][x_block], zeros where there is no row or step.
     void (*pack_x)(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int64_t steps,
                    void *packed);
     // Forward panel: rows r < n_rows (<= tile_cols) of w, columns k < depth (a multiple of 32, at
@@ -79,9 +80,13 @@ typedef struct {
     void (*decode_cols)(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, void *panel);
     // sums[t * tile_cols + c] (+)= sum_s packed x[t][s] * panel[s][c] for t < n_x (1..tile_rows),
     // over steps (counted before pairing, odd allowed); adds when `accumulate`, else overwrites.
-    // Each sum has the same bits whatever n_x.
+    // Each sum has the same bits whatever n_x. A set with `begin` has tiles multiplied between
+    // begin() and end(), on one thread, which does nothing else of the set meanwhile.
     void (*tile)(const void *packed, const void *panel, int64_t steps, int n_x, bool accumulate,
                  float *sums);
+    void (*begin)(
+        void); // NULL, both of them, where tiles leave no state behind; the float32 set: always
+    void (*end)(void);
 } hb_linear4_set;
 
 typedef struct {

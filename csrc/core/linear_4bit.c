@@ -294,12 +294,14 @@ static void multiply_panel(const product *p, int64_t out, int64_t tile_begin, in
             panel = shared_panel(p, out, step);
         else
             decode_panel(p, out, n_out, step, n_steps, scales, 0, scratch);
+        if (set->begin != NULL) set->begin();
         for (int64_t t = tile_begin; t < tile_end; t++) {
             int n_x = (int)least(set->tile_rows, p->m_count - t * set->tile_rows);
             const unsigned char *packed =
                 p->packed + t * p->packed_stride + step * set->tile_rows * set->element_bytes;
             set->tile(packed, panel, n_steps, n_x, step > 0, sums + (t - tile_begin) * tile_sums);
         }
+        if (set->end != NULL) set->end();
     }
     int64_t m_end = least(tile_end * set->tile_rows, p->m_count);
     for (int64_t m = tile_begin * set->tile_rows; m < m_end; m++) {
@@ -403,8 +405,8 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
     const int n_lanes = p->n_lanes = serial ? 1 : hb_pool_threads(p->context->pool);
     // A unit is what is packed together: a row (dot) or a tile of rows.
     const int64_t unit = use_dot ? 1 : set->tile_rows;
-    p->packed_stride = unit * set->element_bytes *
-                       round_up(p->steps, use_dot ? HB_LINEAR4_X_GROUP : HB_LINEAR4_X_BLOCK);
+    p->packed_stride =
+        unit * set->element_bytes * round_up(p->steps, use_dot ? HB_LINEAR4_X_GROUP : set->x_block);
     p->packed_stride = round_up(p->packed_stride, 64);
     int64_t pass_units = hb_ceil_div(rows, unit);
     if (!use_dot && p->packed_stride > 0)

@@ -334,7 +334,7 @@ static hb_status run_int8(product *p, const char *function, hb_error *error)
     if (p->n_columns > 0) { // how much is known only now
         const int64_t n_tiles = hb_ceil_div(p->x_rows, set->tile_rows);
         p->outliers_stride = round_up(
-            set->tile_rows * set->element_bytes * round_up(p->n_columns, HB_LINEAR4_X_BLOCK), 64);
+            set->tile_rows * set->element_bytes * round_up(p->n_columns, set->x_block), 64);
         const int64_t gathered = set->tile_rows * p->n_columns;
         const int64_t work = (2 * set->tile_rows + p->n_columns) * BLOCK;
         p->lane_bytes = round_up(p->extra_at + 4 * (gathered > work ? gathered : work), 64);
@@ -494,7 +494,7 @@ static hb_status run_panels(product *p, const char *function, hb_error *error)
     const int64_t item = (int64_t)hb_dtype_bytes(p->x.view->dtype), all_rows = p->x_rows;
     const int64_t pass_rows = least(PASS_ROWS / set->tile_rows * set->tile_rows, all_rows);
     p->prepared_stride =
-        round_up(set->tile_rows * set->element_bytes * round_up(p->x.cols, HB_LINEAR4_X_BLOCK), 64);
+        round_up(set->tile_rows * set->element_bytes * round_up(p->x.cols, set->x_block), 64);
     p->x_rows = pass_rows;
     plan_grid(p, set->tile_rows, pass_rows);
     p->x_rows = all_rows;

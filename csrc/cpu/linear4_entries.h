@@ -58,8 +58,9 @@
     {                                                                                              \
         .dot_rows = DOT_ROWS, .dot_until = DOT_UNTIL, .tile_rows = TILE_ROWS,                      \
         .tile_cols = TILE_COLS, .panel_steps = PANEL_STEPS, .pair = 1,                             \
-        .element_bytes = sizeof(float), .permute_x = hb_linear4_permute_x_##set##_##isa,           \
-        .dot = hb_linear4_dot_##set##_##isa, .pack_x = hb_linear4_pack_x_##set##_##isa,            \
+        .element_bytes = sizeof(float), .x_block = HB_LINEAR4_X_BLOCK,                             \
+        .permute_x = hb_linear4_permute_x_##set##_##isa, .dot = hb_linear4_dot_##set##_##isa,      \
+        .pack_x = hb_linear4_pack_x_##set##_##isa,                                                 \
         .decode_rows = hb_linear4_decode_rows_##set##_##isa,                                       \
         .decode_cols = hb_linear4_decode_cols_##set##_##isa, .tile = hb_linear4_tile_f32_##isa,    \
     }

@@ -73,6 +73,15 @@ static void *random_x(check *c, hb_dtype dtype, int64_t n, bool bf16, float *val
     return x;
 }
 
+// What begin and end enclose, where a set has them.
+static void run_tile(const hb_linear4_set *set, const void *packed, const void *panel,
+                     int64_t steps, int n_x, bool accumulate, float *sums)
+{
+    if (set->begin != NULL) set->begin();
+    set->tile(packed, panel, steps, n_x, accumulate, sums);
+    if (set->end != NULL) set->end();
+}
+
 // ---- kernels ----------------------------------------------------------------------------------
 
 static void check_dot(check *c, const hb_linear4_set *set, bool bf16, int64_t rows, int64_t depth,
@@ -121,7 +130,7 @@ static void check_pack_and_tile(check *c, const hb_linear4_set *set, bool bf16, 
     check_label(c, "tile%s steps=%d n_x=%d dtype=%d", bf16 ? " bf16" : "", (int)steps, n_x,
                 (int)dtype);
     const int64_t rows = set->tile_rows, cols = set->tile_cols, x_stride = steps + 5;
-    const int64_t padded = round_up(steps, HB_LINEAR4_X_BLOCK), pair = set->pair;
+    const int64_t padded = round_up(steps, set->x_block), pair = set->pair;
     const int64_t n_panel = round_up(steps, pair) * cols;
     int64_t n_values = (n_x - 1) * x_stride + steps;
     float *values = check_buffer(c, (size_t)n_values * 4, CHECK_END);
@@ -130,8 +139,7 @@ static void check_pack_and_tile(check *c, const hb_linear4_set *set, bool bf16, 
     set->pack_x(x, dtype, x_stride, n_x, steps, packed);
     for (int64_t s = 0; s < padded; s++)
         for (int64_t t = 0; t < rows; t++) {
-            int64_t at =
-                (s / HB_LINEAR4_X_BLOCK * rows + t) * HB_LINEAR4_X_BLOCK + s % HB_LINEAR4_X_BLOCK;
+            int64_t at = (s / set->x_block * rows + t) * set->x_block + s % set->x_block;
             float got = hb_load_f32(packed, at, set->element_bytes == 4 ? HB_F32 : HB_BF16);
             float want = t < n_x && s < steps ? values[t * x_stride + s] : 0.0f;
             check_equal(c, &got, &want, 4, "packed s=%d t=%d", (int)s, (int)t);
@@ -152,14 +160,14 @@ static void check_pack_and_tile(check *c, const hb_linear4_set *set, bool bf16, 
     float *one = check_buffer(c, bytes, CHECK_END);
     uint8_t untouched[4];
     memcpy(untouched, first, 4);
-    set->tile(packed, panel, steps, n_x, false, first);
+    run_tile(set, packed, panel, steps, n_x, false, first);
     memcpy(sums, first, bytes);
-    set->tile(packed, panel, steps, n_x, true, sums);
+    run_tile(set, packed, panel, steps, n_x, true, sums);
     // A row alone: pack it alone as row 0 of another tile.
     int64_t t_alone = n_x - 1;
     set->pack_x((char *)x + (size_t)(t_alone * x_stride) * hb_dtype_bytes(dtype), dtype, x_stride,
                 1, steps, packed);
-    set->tile(packed, panel, steps, 1, false, one);
+    run_tile(set, packed, panel, steps, 1, false, one);
     check_equal(c, one, first + t_alone * cols, (size_t)cols * 4, "a row alone");
     for (int64_t t = 0; t < rows; t++)
         for (int64_t j = 0; j < cols; j++) {
@@ -228,6 +236,8 @@ static void check_set(check *c, const hb_linear4_set *set, bool bf16)
     for (int i = 0; i < set->tile_cols; i++) seen[set->column_order[i]]++;
     for (int i = 0; i < set->tile_cols; i++)
         CHECK(c, seen[i] == 1, "column_order is no permutation");
+    CHECK(c, set->x_block == 16 || set->x_block == 32, "x_block %d", set->x_block);
+    CHECK(c, (set->begin == NULL) == (set->end == NULL), "begin without end");
 
     int step = c->emulated ? 3 : 1;
     for (int i = 0; i < 11; i++)
@@ -318,7 +328,7 @@ static void bench_set(check *c, const hb_linear4_set *set, const char *name)
     CHECK_BENCH(c, b, label, panel_bytes, 0) set->decode_cols(&block, steps, cols, panel);
     snprintf(label, sizeof label, "linear4 tile %s", name);
     CHECK_BENCH(c, b, label, 0, 2.0 * (double)(steps * cols * rows))
-    set->tile(packed, panel, steps, (int)rows, false, sums);
+    run_tile(set, packed, panel, steps, (int)rows, false, sums);
     check_release(c);
 }
 

@@ -355,6 +355,7 @@ void hb_linear4_table_avx512bf16(hb_kernels_linear4 *kernels)
         .panel_steps = PANEL_STEPS,
         .pair = 2,
         .element_bytes = sizeof(uint16_t),
+        .x_block = HB_LINEAR4_X_BLOCK,
         .columns_in_order = true,
         .permute_x = hb_linear4_permute_x_bf16_avx512bf16,
         .dot = hb_linear4_dot_bf16_avx512bf16,
