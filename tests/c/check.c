@@ -2,8 +2,9 @@
 //   --list                 groups and ISAs that this binary can run here
 //   --group=NAME --isa=NAME restrict (default: all); exit status 77 when the ISA is not available
 //   --bench[=PART]         benchmarks whose name contains PART, as a table
+//   --count[=PART]         instructions of the kernels whose name contains PART (x86-64)
 //   --bench-ms=N           time spent on each (default 200), five samples at least
-//   --json=FILE            their results also as JSON lines
+//   --json=FILE            the results of both also as JSON lines
 //   --threads=N --seed=N
 #include "check.h"
 
@@ -21,7 +22,7 @@ enum { EXIT_SKIPPED = 77, MAX_SHOWN = 10, CANARY = 0xa5 };
 static check_group *groups;
 static uint64_t random_state;
 static uint64_t seed = 1;
-static const char *bench_filter = "";
+static const char *filter = ""; // of benchmarks and counts
 static FILE *json;
 static char label[256]; // for the signal handler too
 static char where[128];
@@ -254,7 +255,7 @@ check_bench check_bench_begin(check *c, const char *name, double bytes, double o
     check_bench b = {.c = c, .name = name, .bytes = bytes, .operations = operations};
     char full[256];
     snprintf(full, sizeof full, "%s %s", where, name);
-    if (!c->bench || strstr(full, bench_filter) == NULL) return b; // samples NULL: never runs
+    if (!c->bench || strstr(full, filter) == NULL) return b; // samples NULL: never runs
     b.samples = malloc(MAX_SAMPLES * sizeof *b.samples);
     b.repeat = 0;
     return b;
@@ -308,6 +309,32 @@ bool check_bench_next(check_bench *b)
     }
     b->started_ns = check_now_ns();
     return true;
+}
+
+// ---- instruction counts -------------------------------------------------------------------------
+
+void check_count_name(const check_count *count, char *name, size_t bytes)
+{
+    snprintf(name, bytes, "%s %s", where, count->name);
+}
+
+bool check_count_wanted(const check_count *count)
+{
+    char name[256];
+    check_count_name(count, name, sizeof name);
+    return strstr(name, filter) != NULL;
+}
+
+void check_count_report(const check_count *count, int64_t instructions)
+{
+    printf("%-34s %-38s %9lld  %9.4f per %s\n", where, count->name, (long long)instructions,
+           (double)instructions / count->work, count->unit);
+    fflush(stdout);
+    if (json != NULL)
+        fprintf(json,
+                "{\"isa\": \"%s\", \"name\": \"%s\", \"unit\": \"%s\", \"work\": %.0f, "
+                "\"instructions\": %lld}\n",
+                count->c->isa, count->name, count->unit, count->work, (long long)instructions);
 }
 
 // ---- main ---------------------------------------------------------------------------------------
@@ -393,7 +420,7 @@ static const char *option(const char *arg, const char *name)
 int main(int argc, char **argv)
 {
     const char *only_group = NULL, *only_isa = NULL, *value;
-    bool list = false, bench = false;
+    bool list = false, bench = false, count = false;
     int threads = 2, failures = 0, ran = 0;
     for (int i = 1; i < argc; i++) {
         if (option(argv[i], "--list"))
@@ -404,7 +431,10 @@ int main(int argc, char **argv)
             only_isa = value;
         else if ((value = option(argv[i], "--bench"))) {
             bench = true;
-            bench_filter = value;
+            filter = value;
+        } else if ((value = option(argv[i], "--count"))) {
+            count = true;
+            filter = value;
         } else if ((value = option(argv[i], "--bench-ms"))) {
             bench_ns = atof(value) * 1e6;
         } else if ((value = option(argv[i], "--json"))) {
@@ -429,15 +459,17 @@ int main(int argc, char **argv)
 #endif
     for (const check_group *g = groups; g != NULL; g = g->next) {
         if (only_group != NULL && strcmp(only_group, g->name) != 0) continue;
+        if (count != (g->when == CHECK_COUNTED) || (count && !check_can_count())) continue;
         if ((g->when == CHECK_BEST && !bench) || (g->when == CHECK_ONCE && bench)) continue;
         for (int step = 0; step < (g->when == CHECK_ONCE ? 1 : ISA_COUNT); step++) {
             const char *isa = g->when == CHECK_ONCE ? "-" : isa_names[step];
             if (only_isa != NULL && strcmp(only_isa, isa) != 0) continue;
+            if (count && step == 0) continue; // the reference is written to be believed
             if (!is_available(step) || (g->when == CHECK_BEST && step != best_step())) continue;
             if (list)
                 printf("%s %s\n", g->name, isa);
             else
-                failures += run_group(g, step, bench, threads);
+                failures += run_group(g, step, bench || count, threads);
             ran++;
         }
     }

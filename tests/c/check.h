@@ -42,7 +42,7 @@ typedef void (*check_group_fn)(check *c);
 typedef struct check_group {
     const char *name;
     check_group_fn run;
-    enum { CHECK_EACH_ISA, CHECK_ONCE, CHECK_BEST } when;
+    enum { CHECK_EACH_ISA, CHECK_ONCE, CHECK_BEST, CHECK_COUNTED } when;
     struct check_group *next;
 } check_group;
 
@@ -60,6 +60,7 @@ void check_register(check_group *group);
 #define CHECK_GROUP_ONCE(name)                                                                     \
     CHECK_REGISTER_(name, CHECK_ONCE)                       // once per process (threads, detection)
 #define BENCH_GROUP(name) CHECK_REGISTER_(name, CHECK_BEST) // with --bench only, best ISA only
+#define COUNT_GROUP(name) CHECK_REGISTER_(name, CHECK_COUNTED) // with --count only, per ISA
 
 // ---- verdicts -----------------------------------------------------------------------------------
 
@@ -134,5 +135,29 @@ bool check_bench_next(check_bench *b);
         for (int b##_i = 0; b##_i < b.repeat; b##_i++, b.copy++)
 
 double check_now_ns(void);
+
+// ---- instruction counts -------------------------------------------------------------------------
+
+typedef struct {
+    check *c;
+    const char *name; // "linear4 f32 dot, 1 row"
+    const char *unit; // of work: "weight", "element", ...
+    double work;
+    enum { CHECK_COUNT_FIRST, CHECK_COUNT_WARM, CHECK_COUNT_TRAPPED, CHECK_COUNT_DONE } state;
+    int64_t nothing; // what counting an empty statement counts
+} check_count;
+
+bool check_can_count(void);
+bool check_count_next(check_count *count);
+// Is its name asked for; its full name; its result.
+bool check_count_wanted(const check_count *count);
+void check_count_name(const check_count *count, char *name, size_t bytes);
+void check_count_report(const check_count *count, int64_t instructions);
+
+// Counts the instructions of the statement that follows, which does `work` units of work. Runs it
+// twice.
+#define CHECK_COUNT(c, name, work, unit)                                                           \
+    for (check_count count_ = {(c), (name), (unit), (double)(work), CHECK_COUNT_FIRST, 0};         \
+         check_count_next(&count_);)
 
 #endif

@@ -1,0 +1,278 @@
+// The main loops of the kernels, each executed once on a known amount of work, for --count: what
+// instructions.toml has a line for. Work is small, because counting is slow, and yet large enough
+// for the ends of a call to be a few hundredths of it.
+#include "check.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { BLOCKSIZE = 64 };
+
+static const char *named(const char *format, ...) __attribute__((format(printf, 1, 2)));
+static const char *named(const char *format, ...)
+{
+    static char name[96]; // one at a time
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    return name;
+}
+
+// What counting itself costs: about zero, or what callgrind sees of it.
+COUNT_GROUP(empty_counts)
+{
+    CHECK_COUNT(c, "nothing", 1, "call") {}
+}
+
+// ---- products with 4-bit weights ----------------------------------------------------------------
+
+static hb_matrix4 some_matrix4(check *c, int64_t rows, int64_t depth, float *codebook)
+{
+    const int64_t numel = rows * depth;
+    uint8_t *packed = check_buffer(c, (size_t)numel / 2, CHECK_BEGIN);
+    float *absmax = check_buffer(c, (size_t)(numel / BLOCKSIZE) * 4, CHECK_BEGIN);
+    check_fill_bytes(c, packed, (size_t)numel / 2);
+    for (int64_t i = 0; i < numel / BLOCKSIZE; i++) absmax[i] = 1.0f;
+    memcpy(codebook, hb_codebook4_get(HB_NF4)->value, 64);
+    return (hb_matrix4){.packed = packed,
+                        .row_bytes = depth / 2,
+                        .absmax = absmax,
+                        .absmax_stride = depth / BLOCKSIZE,
+                        .blocksize = BLOCKSIZE,
+                        .codebook = codebook};
+}
+
+static void count_dot4(check *c, const hb_linear4_set *set, const char *type, int64_t rows,
+                       int64_t depth, int most_x)
+{
+    _Alignas(64) float codebook[16];
+    const hb_matrix4 w = some_matrix4(c, rows, depth, codebook);
+    const int64_t padded = hb_ceil_div(depth, HB_LINEAR4_X_GROUP) * HB_LINEAR4_X_GROUP;
+    float *x = check_buffer(c, (size_t)depth * 4, CHECK_BEGIN);
+    check_fill_normal(c, x, depth, 1.0f);
+    char *permuted =
+        check_buffer(c, (size_t)(padded * set->element_bytes * set->dot_rows), CHECK_BEGIN);
+    for (int t = 0; t < set->dot_rows; t++)
+        set->permute_x(x, HB_F32, depth, permuted + t * padded * set->element_bytes);
+    float *y = check_buffer(c, (size_t)(rows * set->dot_rows) * 4, CHECK_BEGIN);
+    for (int n_x = 1; n_x <= most_x && n_x <= set->dot_rows; n_x *= 2)
+        CHECK_COUNT(c,
+                    named("linear4 %s dot %lldx%lld, %d of x", type, (long long)rows,
+                          (long long)depth, n_x),
+                    rows * depth, "weight")
+    set->dot(&w, rows, depth, permuted, n_x, y, rows);
+    check_release(c);
+}
+
+static void count_panels4(check *c, const hb_linear4_set *set, const hb_linear4_set *before,
+                          const char *type)
+{
+    enum { STEPS = 128, ROWS = 64, DEPTH = 512 };
+    _Alignas(64) float codebook[16];
+    const hb_matrix4 w = some_matrix4(c, STEPS, DEPTH, codebook);
+    const int64_t cols = set->tile_cols, rows = set->tile_rows;
+    void *panel = check_buffer(c, (size_t)(STEPS * cols * set->element_bytes), CHECK_BEGIN);
+    void *packed = check_buffer(c, (size_t)(STEPS * rows * set->element_bytes), CHECK_BEGIN);
+    float *sums = check_buffer(c, (size_t)(rows * cols) * 4, CHECK_BEGIN);
+    float *x = check_buffer(c, (size_t)(rows * STEPS) * 4, CHECK_BEGIN);
+    check_fill_normal(c, x, rows * STEPS, 1.0f);
+    if (set->pack_x != before->pack_x)
+        CHECK_COUNT(c, named("linear4 %s pack_x", type), rows * STEPS, "element of x")
+    set->pack_x(x, HB_F32, STEPS, (int)rows, STEPS, packed);
+    set->pack_x(x, HB_F32, STEPS, (int)rows, STEPS, packed);
+    if (set->decode_rows != before->decode_rows)
+        CHECK_COUNT(c, named("linear4 %s decode_rows", type), cols * STEPS, "weight")
+    set->decode_rows(&w, cols, STEPS, panel);
+    if (set->decode_cols != before->decode_cols)
+        CHECK_COUNT(c, named("linear4 %s decode_cols", type), cols * STEPS, "weight")
+    set->decode_cols(&w, STEPS, cols, panel);
+    set->decode_cols(&w, STEPS, cols, panel);
+    if (set->tile != before->tile)
+        CHECK_COUNT(c, named("linear4 %s tile", type), STEPS * rows * cols, "product")
+    set->tile(packed, panel, STEPS, (int)rows, true, sums);
+    check_release(c);
+}
+
+static void count_set4(check *c, const hb_linear4_set *set, const hb_linear4_set *before,
+                       const char *type)
+{
+    if (set->permute_x != before->permute_x) {
+        enum { DEPTH = 1024 };
+        float *x = check_buffer(c, DEPTH * 4, CHECK_BEGIN);
+        check_fill_normal(c, x, DEPTH, 1.0f);
+        void *permuted = check_buffer(c, DEPTH * 4, CHECK_BEGIN);
+        CHECK_COUNT(c, named("linear4 %s permute_x", type), DEPTH, "element of x")
+        set->permute_x(x, HB_F32, DEPTH, permuted);
+        check_release(c);
+    }
+    if (set->dot != before->dot) {
+        count_dot4(c, set, type, 16, 512, 8);
+        count_dot4(c, set, type, 4, 8192, 1); // deep: rows side by side
+    }
+    count_panels4(c, set, before, type);
+}
+
+COUNT_GROUP(linear4_counts)
+{
+    const hb_kernels_linear4 *k = &c->kernels->linear4, *before = &c->previous->linear4;
+    count_set4(c, &k->f32, &before->f32, "f32");
+    count_set4(c, &k->bf16, &before->bf16, "bf16");
+}
+
+// ---- products with int8 weights -----------------------------------------------------------------
+
+COUNT_GROUP(linear8_counts)
+{
+    enum { ROWS = 8, DEPTH = 1024, STEPS = 64 };
+    const hb_kernels_linear8 *k = &c->kernels->linear8;
+    const int64_t stride = hb_int8_prepared_bytes(DEPTH, k->prepared_bytes);
+    int8_t *w = check_buffer(c, 64 * DEPTH, CHECK_BEGIN);
+    uint8_t *prepared =
+        check_buffer(c, (size_t)(k->dot_int8_rows * stride), CHECK_BEGIN); // 64-byte aligned
+    int8_t *codes = check_buffer(c, DEPTH, CHECK_BEGIN);
+    float *x = check_buffer(c, (size_t)(k->dot_f32_rows * DEPTH) * 4, CHECK_BEGIN);
+    void *y = check_buffer(c, 64 * ROWS * 4, CHECK_BEGIN);
+    float *panel = check_buffer(c, 64 * STEPS * 4, CHECK_BEGIN);
+    check_fill_bytes(c, w, 64 * DEPTH);
+    check_fill_bytes(c, codes, DEPTH);
+    check_fill_normal(c, x, k->dot_f32_rows * DEPTH, 1.0f);
+    for (int t = 0; t < k->dot_int8_rows; t++) k->prepare_int8(codes, DEPTH, prepared + t * stride);
+    if (CHECK_NEW(c, linear8.prepare_int8))
+        CHECK_COUNT(c, "linear8 prepare_int8", DEPTH, "element of x")
+    k->prepare_int8(codes, DEPTH, prepared);
+    if (CHECK_NEW(c, linear8.dot_int8)) {
+        CHECK_COUNT(c, "linear8 dot_int8, 1 of x", ROWS * DEPTH, "product")
+        k->dot_int8(w, DEPTH, ROWS, DEPTH, prepared, 1, y, ROWS);
+        CHECK_COUNT(c, "linear8 dot_int8, all of x", ROWS * DEPTH * k->dot_int8_rows, "product")
+        k->dot_int8(w, DEPTH, ROWS, DEPTH, prepared, k->dot_int8_rows, y, ROWS);
+    }
+    if (CHECK_NEW(c, linear8.dot_f32)) {
+        CHECK_COUNT(c, "linear8 dot_f32, 1 of x", ROWS * DEPTH, "product")
+        k->dot_f32(w, DEPTH, ROWS, DEPTH, x, DEPTH, 1, y, ROWS);
+        CHECK_COUNT(c, "linear8 dot_f32, all of x", ROWS * DEPTH * k->dot_f32_rows, "product")
+        k->dot_f32(w, DEPTH, ROWS, DEPTH, x, DEPTH, k->dot_f32_rows, y, ROWS);
+    }
+    if (CHECK_NEW(c, linear8.decode_rows))
+        CHECK_COUNT(c, "linear8 decode_rows", 64 * STEPS, "weight")
+    k->decode_rows(w, DEPTH, 64, STEPS, 64, panel);
+    if (CHECK_NEW(c, linear8.decode_cols)) CHECK_COUNT(c, "linear8 decode_cols", 64 * 64, "weight")
+    k->decode_cols(w, DEPTH, x, 64, 64, 64, panel);
+    if (CHECK_NEW(c, linear8.rescale)) CHECK_COUNT(c, "linear8 rescale", 512, "element")
+    k->rescale((const int32_t *)(const void *)w, 0.1f, NULL, x, 512, panel);
+}
+
+// ---- codecs -------------------------------------------------------------------------------------
+
+COUNT_GROUP(codec_counts)
+{
+    enum { N = 2048 };
+    const hb_kernels_codec *k = &c->kernels->codec;
+    float map[256];
+    hb_search8 *search = check_buffer(c, sizeof *search, CHECK_BEGIN);
+    hb_map8_fill(HB_MAP_DYNAMIC, map);
+    hb_search8_init(search, map);
+    for (hb_dtype io = HB_F32; io <= HB_BF16; io++) { // float16 differs in a conversion
+        const char *type = hb_dtype_name(io);
+        float *values = check_buffer(c, N * 4, CHECK_BEGIN);
+        void *x = check_buffer(c, N * 4, CHECK_BEGIN), *out = check_buffer(c, N * 4, CHECK_BEGIN);
+        float *absmax = check_buffer(c, N / BLOCKSIZE * 4, CHECK_BEGIN);
+        uint8_t *codes = check_buffer(c, N, CHECK_BEGIN);
+        int8_t *int8 = check_buffer(c, N, CHECK_BEGIN);
+        check_fill_normal(c, values, N, 0.02f);
+        check_convert(values, x, N, io);
+        c->reference->codec.absmax[io](x, N, BLOCKSIZE, absmax);
+        if (CHECK_NEW(c, codec.absmax[io])) {
+            CHECK_COUNT(c, named("absmax blocks of 64, %s", type), N, "element")
+            k->absmax[io](x, N, BLOCKSIZE, absmax);
+            CHECK_COUNT(c, named("absmax blocks of 256, %s", type), N, "element")
+            k->absmax[io](x, N, 256, (float *)out);
+        }
+        if (CHECK_NEW(c, codec.encode4[io]))
+            CHECK_COUNT(c, named("encode4 nf4 %s", type), N, "element")
+        k->encode4[io](x, N, HB_NF4, BLOCKSIZE, absmax, codes);
+        if (CHECK_NEW(c, codec.decode4[io]))
+            CHECK_COUNT(c, named("decode4 nf4 %s", type), N, "element")
+        k->decode4[io](codes, 0, N, HB_NF4, BLOCKSIZE, absmax, out, false);
+        c->reference->codec.absmax[io](x, N, 256, absmax);
+        if (CHECK_NEW(c, codec.encode8[io]))
+            CHECK_COUNT(c, named("encode8 dynamic %s", type), N, "element")
+        k->encode8[io](x, N, search, 256, absmax, codes);
+        if (CHECK_NEW(c, codec.decode8[io]))
+            CHECK_COUNT(c, named("decode8 dynamic %s", type), N, "element")
+        k->decode8[io](codes, N, map, 256, absmax, out, false);
+        if (CHECK_NEW(c, codec.absmax_int8[io]))
+            CHECK_COUNT(c, named("absmax_int8 %s", type), N, "element")
+        k->absmax_int8[io](x, N, NAN);
+        if (CHECK_NEW(c, codec.encode_int8[io]))
+            CHECK_COUNT(c, named("encode_int8 %s", type), N, "element")
+        k->encode_int8[io](x, N, 0.1f, NAN, NULL, int8);
+        if (CHECK_NEW(c, codec.decode_int8[io]))
+            CHECK_COUNT(c, named("decode_int8 %s", type), N, "element")
+        k->decode_int8[io](int8, N, 0.1f, out);
+    }
+    if (CHECK_NEW(c, codec.search4)) {
+        enum { BLOCKS_N = 64 };
+        float x[BLOCKS_N], candidates[HB_SEARCH_COUNT];
+        check_fill_normal(c, x, BLOCKS_N, 1.0f);
+        for (int i = 0; i < HB_SEARCH_COUNT; i++) candidates[i] = 2.0f + 0.1f * (float)i;
+        CHECK_COUNT(c, "search4 nf4", BLOCKS_N * HB_SEARCH_COUNT, "element and candidate")
+        k->search4(x, NULL, BLOCKS_N, HB_NF4, candidates, HB_SEARCH_COUNT);
+    }
+}
+
+// ---- optimizers ---------------------------------------------------------------------------------
+
+COUNT_GROUP(optim_counts)
+{
+    enum { N = 1024, BLOCKS = N / 256 };
+    static const hb_optim_scalars scalars = {.gnorm_scale = 1.0f,
+                                             .keep = 0.999f,
+                                             .beta1 = 0.9f,
+                                             .beta1_rest = 0.1f,
+                                             .beta2 = 0.999f,
+                                             .beta2_rest = 0.001f,
+                                             .eps = 1e-8f,
+                                             .lr = 1e-3f,
+                                             .step_size = 3e-3f,
+                                             .inv_corr1 = 2.5f,
+                                             .inv_corr2 = 12.0f,
+                                             .scale = 1.0f};
+    const hb_kernels_optim *k = &c->kernels->optim;
+    float *p = check_buffer(c, N * 4, CHECK_BEGIN), *g = check_buffer(c, N * 4, CHECK_BEGIN);
+    float *m = check_buffer(c, N * 4, CHECK_BEGIN), *v = check_buffer(c, N * 4, CHECK_BEGIN);
+    check_fill_normal(c, p, N, 1.0f);
+    check_fill_normal(c, g, N, 0.01f);
+    check_fill_normal(c, m, N, 0.01f);
+    for (int64_t i = 0; i < N; i++) v[i] = g[i] * g[i];
+    if (CHECK_NEW(c, optim.step[HB_ADAM])) CHECK_COUNT(c, "adam, 32-bit states", N, "element")
+    k->step[HB_ADAM](p, g, m, NULL, v, N, &scalars);
+
+    float map1[256], map2[256], absmax1[BLOCKS], absmax2[BLOCKS];
+    uint8_t *codes1 = check_buffer(c, N, CHECK_BEGIN), *codes2 = check_buffer(c, N, CHECK_BEGIN);
+    hb_search8 *search = check_buffer(c, 2 * sizeof *search, CHECK_BEGIN);
+    hb_map8_fill(HB_MAP_DYNAMIC, map1);
+    hb_map8_fill(HB_MAP_DYNAMIC_UNSIGNED, map2);
+    hb_search8_init(&search[0], map1);
+    hb_search8_init(&search[1], map2);
+    const hb_states8 states = {.codes1 = codes1,
+                               .codes2 = codes2,
+                               .absmax1 = absmax1,
+                               .absmax2 = absmax2,
+                               .map1 = map1,
+                               .map2 = map2,
+                               .search1 = &search[0],
+                               .search2 = &search[1]};
+    for (hb_dtype io = HB_F32; io <= HB_BF16; io++) {
+        if (!CHECK_NEW(c, optim.adam8[io])) continue;
+        check_fill_bytes(c, codes1, N);
+        check_fill_bytes(c, codes2, N);
+        for (int i = 0; i < BLOCKS; i++) absmax1[i] = 0.03f, absmax2[i] = 1e-3f;
+        check_convert(p, m, N, io);
+        check_convert(g, v, N, io);
+        CHECK_COUNT(c, named("adam, 8-bit states, %s", hb_dtype_name(io)), N, "element")
+        k->adam8[io](m, v, BLOCKS, &states, &scalars);
+    }
+}
