@@ -1,0 +1,291 @@
+"""A whole model through transformers' `generate`: dense, bitsandbytes, halfbyte in its place, and llama.cpp.
+
+    python -m benchmarks.whole_model                                all contestants; some 6 minutes
+    python -m benchmarks.whole_model --only dense,halfbyte --rounds 1 --tokens 16
+    python -m benchmarks.whole_model --folder DIR                   keeps the model's files (5 GB) for the next run
+
+The model is a Llama of 1.2B random parameters in bfloat16 shards (whole_model_files.py), batch 1. Each contestant is a
+process of its own (whole_model_worker.py) that loads the model and then waits; with all of them alive, rounds go by in
+which each one in turn reads a prompt of 256 tokens and decodes. Where all do not fit in memory, choose with --only.
+
+load      seconds of from_pretrained, shards in the page cache: read, convert, quantize; best of --loads. What a
+          contestant puts off until its first token is in `first`: seconds of the first generate of 2 tokens
+decode    1 / median seconds of a token, over all rounds, after a prompt of 16 tokens
+prefill   seconds from a prompt of 256 tokens to the first token after it, best of all rounds
+peak      resident memory as the system counts it, file pages included; `own`: without them, at the end
+cosine    of the angle between the logits after 32 tokens and those of the dense float32 model: that everyone
+          computes this model, and how well. Quantizing random weights costs more than quantizing trained ones
+
+llama.cpp comes with llama-cpp-python (ggml.py says how to install it; its file is written by the package `gguf`), and
+runs its own loop in C. It multiplies activations rounded to 8 bits; all others keep 16 or 32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfbyte import _C
+
+from . import environment, whole_model_chart
+from .contest import Entry, measure
+from .peers import versions
+from .ruler import Ruler
+from .whole_model_files import Shape, describe, make_gguf, make_model
+
+WORKER = Path(__file__).with_name("whole_model_worker.py")
+PLAIN = [sys.executable, str(WORKER)]
+DROP_IN = [sys.executable, "-m", "halfbyte.cli.main", "run", str(WORKER)]
+BF16, F32 = ["--dtype", "bfloat16", "--compute", "bfloat16"], ["--dtype", "float32", "--compute", "float32"]
+CONTESTANTS: dict[str, tuple[list[str], list[str]]] = {
+    "dense bfloat16": (PLAIN, ["--kind", "dense", *BF16]),
+    "dense float32": (PLAIN, ["--kind", "dense", *F32]),
+    "bitsandbytes nf4 bfloat16": (PLAIN, ["--kind", "nf4", *BF16]),
+    "bitsandbytes nf4 float32": (PLAIN, ["--kind", "nf4", *F32]),
+    "halfbyte nf4 bfloat16": (DROP_IN, ["--kind", "nf4", *BF16]),
+    "halfbyte nf4 float32": (DROP_IN, ["--kind", "nf4", *F32]),
+    "halfbyte nf4 float32 in a bfloat16 model": (
+        DROP_IN, ["--kind", "nf4", "--dtype", "bfloat16", "--compute", "float32"],
+    ),
+    "halfbyte HalfbyteConfig bfloat16": (PLAIN, ["--kind", "config", *BF16]),
+    "llama.cpp Q4_0": (PLAIN, ["--kind", "llama.cpp"]),
+}  # fmt: skip
+NF4_BYTES = 0.5 + 4 / 64  # of a weight: a code, and a float32 scale for 64
+COSINE_TOKENS, DECODE_PROMPT = 32, 16
+SLOW_LOAD = 10.0  # seconds; what takes longer is not repeated
+
+
+class Contestant:
+    """A process that answers; `result` collects what it said."""
+
+    def __init__(self, name: str, model: Path, log: Path) -> None:
+        command, options = CONTESTANTS[name]
+        self.name, self.log = name, log
+        with log.open("w") as sink:
+            self.process = subprocess.Popen(
+                [*command, str(model), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink,
+                text=True, env=self.environ(),
+            )  # fmt: skip
+        self.result: dict[str, Any] = {
+            "name": name,
+            **self._answer(),
+            "load": [],
+            "decode": [],
+            "prefill": [],
+        }
+
+    @staticmethod
+    def environ() -> dict[str, str]:
+        path = os.pathsep.join(
+            [str(environment.ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: ended\n{self.log.read_text()[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, *command: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def load(self, times: int) -> None:
+        for _ in range(times):
+            self.result["load"].append(self.ask("load")["seconds"])
+            if self.result["load"][-1] > SLOW_LOAD:
+                break
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def absent() -> dict[str, str]:
+    """Contestants that cannot take part: what each lacks."""
+    missing = {}
+    for name in CONTESTANTS:
+        needs = ["bitsandbytes"] if name.startswith("bitsandbytes") else []
+        needs = ["llama_cpp", "gguf"] if name.startswith("llama") else needs
+        lacks = [package for package in needs if importlib.util.find_spec(package) is None]
+        if lacks:
+            missing[name] = f"{' and '.join(lacks)} not installed"
+    return missing
+
+
+def chosen(only: str) -> list[str]:
+    """Contestants whose names contain one of the comma-separated parts."""
+    parts = [part.strip() for part in only.split(",")]
+    return [name for name in CONTESTANTS if any(part in name for part in parts)]
+
+
+def read_rate(threads: int) -> float:
+    """GB/s at which `threads` threads read memory that is in no cache, best of a second: the ruler."""
+    ruler, data = Ruler(threads), np.ones(256 << 20, np.uint8)
+    entry = Entry("read", lambda i: ruler.read(data), bytes=data.nbytes)
+    measure([entry], 1.0)
+    return data.nbytes / min(entry.samples) / 1e3
+
+
+def floor(name: str, shape: Shape, rate: float) -> dict[str, float]:
+    """What a token must read of weights, in bytes, and the seconds that takes at `rate` GB/s."""
+    width = {"dense bfloat16": 2.0, "dense float32": 4.0}.get(name, NF4_BYTES)
+    head = 4 if name.endswith(" float32") else 2
+    layers, rest = shape.linear_weights * width, shape.head_weights * head
+    return {
+        "layer_bytes": layers,
+        "head_bytes": rest,
+        "floor_seconds": (layers + rest) / rate / 1e9,
+        "floor_layers_seconds": layers / rate / 1e9,
+    }
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one contestant's samples."""
+    token = statistics.median(result["decode"])
+    return {
+        "load_seconds": min(result["load"]),
+        "token_seconds": token,
+        "tokens_per_second": 1 / token,
+        "token_seconds_p10": sorted(result["decode"])[len(result["decode"]) // 10],
+        "prefill_seconds": min(result["prefill"]),
+    }
+
+
+def run(names: list[str], shape: Shape, options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+    """Loads one after the other, then takes turns. The results, in the order of `names`."""
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+        everyone: list[Contestant] = []
+        logits: dict[str, np.ndarray] = {}
+        for name in names:
+            one = Contestant(name, model, Path(scratch, "log"))
+            stack.callback(one.close)
+            everyone.append(one)
+            one.load(options.loads)
+            first = one.ask("generate", DECODE_PROMPT, 3, 60.0)["seconds"]
+            one.result["first_seconds"] = first[0]
+            path = Path(scratch, "logits")
+            one.ask("logits", COSINE_TOKENS, str(path))
+            logits[name] = np.fromfile(path, np.float32).astype(np.float64)
+            loads = ", ".join(f"{seconds:.2f}" for seconds in one.result["load"])
+            print(
+                f"{name}: imports {one.result['import_seconds']:.1f} s, load {loads} s, first {first[0]:.2f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        for turn in range(options.rounds):
+            for one in everyone if turn % 2 == 0 else everyone[::-1]:
+                one.result["prefill"].append(one.ask("prefill", options.prompt)["seconds"])
+                answer = one.ask("generate", DECODE_PROMPT, options.tokens, options.seconds)
+                one.result["decode"] += answer["seconds"]
+                rate = 1 / statistics.median(answer["seconds"])
+                prompt = one.result["prefill"][-1]
+                print(
+                    f"{turn + 1}. {one.name}: {rate:.2f} tok/s, prompt {prompt:.2f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        reference = logits.get("dense float32")
+        for one in everyone:
+            one.result |= summary(one.result) | one.ask("memory")
+            mine = logits[one.name]
+            if reference is not None:
+                lengths = np.linalg.norm(mine) * np.linalg.norm(reference)
+                one.result["cosine"] = float(mine @ reference / lengths)
+        return [one.result for one in everyone]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    width = max(len(r["name"]) for r in results)
+    head = f"{'':{width}}  load s  tok/s  of floor  prefill s  peak GB  own GB  cosine"
+    lines = [head, "-" * len(head)]
+    for r in results:
+        share = r["floor_seconds"] / r["token_seconds"]
+        cosine = f"{r['cosine']:8.4f}" if "cosine" in r else ""
+        lines.append(
+            f"{r['name']:{width}}{r['load_seconds']:8.2f}{r['tokens_per_second']:7.2f}{share:10.2f}"
+            f"{r['prefill_seconds']:11.2f}{r['peak_bytes'] / 1e9:9.2f}{r['own_bytes'] / 1e9:8.2f}{cosine}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.whole_model", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--folder", type=Path, help="where the model lies or shall lie (default: a temporary one)"
+    )
+    parser.add_argument("--only", default="", metavar="A,B", help="contestants whose names contain A or B")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="of prompt and decoding (default 3)")
+    parser.add_argument(
+        "--loads", type=int, default=3, help=f"unless one takes {SLOW_LOAD:.0f} s (default 3)"
+    )
+    parser.add_argument("--tokens", type=int, default=48, help="to decode in a turn, at most (default 48)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="for decoding in a turn, at most (default 4)"
+    )
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (default 256)")
+    parser.add_argument("--shape", type=json.loads, default={}, metavar="JSON", help='e.g. {"layers": 2}')
+    parser.add_argument(
+        "--json", type=Path, help="default: build/benchmarks/whole_model.json; the picture beside it"
+    )
+    options = parser.parse_args(arguments)
+    shape, missing = Shape(**options.shape), absent()
+    names = [name for name in chosen(options.only) if name not in missing]
+    if not names:
+        parser.error(f"--only: expected part of one of {', '.join(CONTESTANTS)}, got {options.only!r}")
+    if min(options.tokens, options.rounds, options.loads) < 1 or options.tokens < 2:
+        parser.error("--rounds and --loads: at least 1, --tokens: at least 2")
+    threads = {"OMP_NUM_THREADS": str(options.threads), "HALFBYTE_NUM_THREADS": str(options.threads)}
+    os.environ.update(threads)
+    description = environment.describe() | {
+        "isa": _C.cpu_info()["used"],
+        "threads": options.threads,
+        "versions": versions(),
+        "model": describe(shape),
+    }
+    environment.print_description(description)
+    for name, why in missing.items():
+        print(f"{name}: absent, {why}")
+    with tempfile.TemporaryDirectory() as scratch:
+        model = options.folder or Path(scratch, "model")
+        make_model(model, shape)
+        if any(name.startswith("llama.cpp") for name in names):
+            make_gguf(model, shape)
+        before = read_rate(options.threads)
+        results = run(names, shape, options, model)
+    rate = max(before, read_rate(options.threads))
+    for result in results:
+        result |= floor(result["name"], shape, rate)
+    print(f"read {rate:.1f} GB/s; {shape.parameters / 1e9:.2f}B parameters\n{table(results)}")
+    content = {"environment": description, "absent": missing, "read_gb_per_s": rate, "results": results}
+    path = environment.write_json(options.json, "whole_model", content)
+    path.with_suffix(".svg").write_text(whole_model_chart.draw(content))
+    print(f"written: {path} and .svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
