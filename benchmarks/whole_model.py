@@ -8,8 +8,9 @@ The model is a Llama of 1.2B random parameters in bfloat16 shards (whole_model_f
 process of its own (whole_model_worker.py) that loads the model and then waits; with all of them alive, rounds go by in
 which each one in turn reads a prompt of 256 tokens and decodes. Where all do not fit in memory, choose with --only.
 
-load      seconds of from_pretrained, shards in the page cache: read, convert, quantize; best of --loads. What a
-          contestant puts off until its first token is in `first`: seconds of the first generate of 2 tokens
+load      seconds of from_pretrained, shards in the page cache: read, convert, quantize; best of --loads
+ready     load and the first token of a prompt of 16, best of --loads. Dense bfloat16 weights that need no conversion
+          are only mapped by load; their pages come one by one when the first token needs them
 decode    1 / median seconds of a token, over all rounds, after a prompt of 16 tokens
 prefill   seconds from a prompt of 256 tokens to the first token after it, best of all rounds
 peak      resident memory as the system counts it, file pages included; `own`: without them, at the end
@@ -81,6 +82,7 @@ class Contestant:
             "name": name,
             **self._answer(),
             "load": [],
+            "ready": [],
             "decode": [],
             "prefill": [],
         }
@@ -108,8 +110,10 @@ class Contestant:
 
     def load(self, times: int) -> None:
         for _ in range(times):
-            self.result["load"].append(self.ask("load")["seconds"])
-            if self.result["load"][-1] > SLOW_LOAD:
+            seconds = self.ask("load")["seconds"]
+            self.result["load"].append(seconds)
+            self.result["ready"].append(seconds + self.ask("prefill", DECODE_PROMPT)["seconds"])
+            if seconds > SLOW_LOAD:
                 break
 
     def close(self) -> None:
@@ -165,6 +169,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     token = statistics.median(result["decode"])
     return {
         "load_seconds": min(result["load"]),
+        "ready_seconds": min(result["ready"]),
         "token_seconds": token,
         "tokens_per_second": 1 / token,
         "token_seconds_p10": sorted(result["decode"])[len(result["decode"]) // 10],
@@ -182,16 +187,12 @@ def run(names: list[str], shape: Shape, options: argparse.Namespace, model: Path
             stack.callback(one.close)
             everyone.append(one)
             one.load(options.loads)
-            first = one.ask("generate", DECODE_PROMPT, 3, 60.0)["seconds"]
-            one.result["first_seconds"] = first[0]
             path = Path(scratch, "logits")
             one.ask("logits", COSINE_TOKENS, str(path))
             logits[name] = np.fromfile(path, np.float32).astype(np.float64)
-            loads = ", ".join(f"{seconds:.2f}" for seconds in one.result["load"])
-            print(
-                f"{name}: imports {one.result['import_seconds']:.1f} s, load {loads} s, first {first[0]:.2f} s",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            one.ask("generate", DECODE_PROMPT, 3, 60.0)  # warms up
+            loads, ready = (", ".join(f"{s:.2f}" for s in one.result[key]) for key in ("load", "ready"))
+            print(f"{name}: load {loads} s, ready {ready} s", file=sys.stderr, flush=True)
         for turn in range(options.rounds):
             for one in everyone if turn % 2 == 0 else everyone[::-1]:
                 one.result["prefill"].append(one.ask("prefill", options.prompt)["seconds"])
@@ -216,13 +217,13 @@ def run(names: list[str], shape: Shape, options: argparse.Namespace, model: Path
 
 def table(results: list[dict[str, Any]]) -> str:
     width = max(len(r["name"]) for r in results)
-    head = f"{'':{width}}  load s  tok/s  of floor  prefill s  peak GB  own GB  cosine"
+    head = f"{'':{width}}  load s ready s  tok/s  of floor  prefill s  peak GB  own GB  cosine"
     lines = [head, "-" * len(head)]
     for r in results:
         share = r["floor_seconds"] / r["token_seconds"]
         cosine = f"{r['cosine']:8.4f}" if "cosine" in r else ""
         lines.append(
-            f"{r['name']:{width}}{r['load_seconds']:8.2f}{r['tokens_per_second']:7.2f}{share:10.2f}"
+            f"{r['name']:{width}}{r['load_seconds']:8.2f}{r['ready_seconds']:8.2f}{r['tokens_per_second']:7.2f}{share:10.2f}"
             f"{r['prefill_seconds']:11.2f}{r['peak_bytes'] / 1e9:9.2f}{r['own_bytes'] / 1e9:8.2f}{cosine}"
         )
     return "\n".join(lines)

@@ -14,7 +14,7 @@ BAR, GAP, LEFT, PANEL, TOP = 18, 6, 290, 150, 84
 COLUMNS = (
     ("tokens_per_second", "tokens a second", ".1f", 1.0),
     ("prefill_seconds", "prompt of 256 tokens, s", ".2f", 1.0),
-    ("load_seconds", "load and quantize, s", ".1f", 1.0),
+    ("ready_seconds", "load to first token, s", ".1f", 1.0),
     ("peak_bytes", "peak memory, GB", ".1f", 1e9),
 )
 
