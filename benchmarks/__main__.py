@@ -128,6 +128,10 @@ def main() -> int:
         from . import peers
 
         return peers.main(sys.argv[2:])
+    if sys.argv[1:2] == ["never-slower"]:
+        from . import never_slower
+
+        return never_slower.main(sys.argv[2:])
     return measure(sys.argv[1:])
 
 

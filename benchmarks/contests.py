@@ -113,10 +113,13 @@ class Bench:
 
         return self.copies(make, codes.nbytes), codes.nbytes
 
-    def dense(self, dtype: torch.dtype) -> tuple:
+    def dense_weight(self, dtype: torch.dtype) -> Callable[[int], torch.Tensor]:
         weight = self.weight.to(dtype)
-        take = self.copies(weight.clone, weight.nbytes)
-        return (lambda i: lambda x: F.linear(x, take(i))), weight.nbytes
+        return self.copies(weight.clone, weight.nbytes)
+
+    def dense(self, dtype: torch.dtype) -> tuple:
+        take = self.dense_weight(dtype)
+        return (lambda i: lambda x: F.linear(x, take(i))), take(0).nbytes
 
     def int4pack(self) -> tuple:
         codes = torch.randint(0, 16, (self.rows, self.depth), dtype=torch.int32)
@@ -258,8 +261,7 @@ def grad_input(bench: Bench, bnb: Any) -> list[Row]:
 
 def grad_of(bench: Bench, dtype: torch.dtype, name: str) -> list[Row]:
     own, _ = bench.halfbyte_4bit(compute=name)
-    weight = bench.weight.to(dtype)
-    dense = bench.copies(weight.clone, weight.nbytes)
+    dense = bench.dense_weight(dtype)
     table: list[Row] = []
     for m in ROW_COUNTS:
         dy = torch.randn(m, bench.rows).to(dtype)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -113,3 +114,23 @@ def test_ggml_multiplies(monkeypatch):
 def test_peers_says_which_contests_there_are(tmp_path):
     done, result = benchmark(tmp_path / "peers.json", "peers", "football")
     assert done.returncode == 2 and "one row" in done.stderr and result is None
+
+
+@pytest.mark.no_asan  # a subprocess with torch, for its times
+def test_never_slower_gathers_its_parts(tmp_path):
+    pytest.importorskip("torch")
+    target = tmp_path / "never.json"
+    small = ("never-slower", "--size", "64", "--depth", "64,128", "--rows", "1,8", "--seconds", "0.01")
+    for part in (1, 2):
+        done, result = benchmark(target, *small, "--threads", "1", "--part", f"{part}/2")
+        assert done.returncode == 0, done.stderr
+        assert str(target) in done.stdout and str(target.with_suffix(".svg")) in done.stdout
+    cells = {(r["direction"], r["dtype"], r["depth"], r["rows"]) for r in result["rows"]}
+    assert len(cells) == len(result["rows"]) == 16
+    assert set(result["environment"]) >= DESCRIPTION - {"threads"}
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["p10_us"] / row["dense_p10_us"], rel=0.05, abs=2e-3)
+        assert row["goal"] == 1.0 and row["samples"] >= 5
+    picture = target.with_suffix(".svg").read_text()
+    assert "forward" in picture and "64 x 128, bfloat16" in picture
+    ElementTree.fromstring(picture)
