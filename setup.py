@@ -11,9 +11,11 @@ import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -43,11 +45,27 @@ AVX512 = AVX2 + [
 ]
 VNNI = AVX512 + ["-mavx512vnni"]
 VBMI = VNNI + ["-mavx512vbmi", "-mavx512vbmi2"]
-X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": VNNI, "avx512vbmi": VBMI,
-             "avx512bf16": VBMI + ["-mavx512bf16"]}  # fmt: skip
+BF16 = VBMI + ["-mavx512bf16"]
+X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": VNNI, "avx512vbmi": VBMI, "avx512bf16": BF16,
+             "amx": BF16 + ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]}  # fmt: skip
 ARM_FLAGS = {"neon": []}
 FLAGS_OF_MACHINE = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
 ISA_FLAGS = {"ref": []} | FLAGS_OF_MACHINE.get(platform.machine(), {})
+
+
+def compiles(flags, code):
+    """Whether compiler and assembler know the flags and the instructions in `code`."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    command = [*compiler, *flags, "-x", "c", "-c", "-o", os.devnull, "-"]
+    try:
+        return subprocess.run(command, input=code, capture_output=True, text=True).returncode == 0
+    except OSError:
+        return False
+
+
+if "amx" in ISA_FLAGS and not compiles(ISA_FLAGS["amx"], '__asm__("tdpbf16ps %tmm2, %tmm1, %tmm0");'):
+    del ISA_FLAGS["amx"]  # tools from before 2021
+    COMMON.append("-DHB_WITHOUT_AMX")
 
 
 CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]

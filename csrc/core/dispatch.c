@@ -1,5 +1,6 @@
 // The ladder: reference first, then each better ISA overwrites. Folders that this architecture
-// cannot compile are left out; tests/c sets HB_WITH_* itself where it emulates them.
+// cannot compile are left out; tests/c sets HB_WITH_* itself where it emulates them, setup.py
+// HB_WITHOUT_AMX where the tools do not know its instructions.
 #include "core/cpu.h"
 #include "core/kernels.h"
 
@@ -30,6 +31,9 @@ void hb_kernels_init(hb_kernels *kernels, uint32_t cpu_flags)
     if (cpu_flags & HB_CPU_AVX512VNNI) hb_table_avx512vnni(kernels);
     if (cpu_flags & HB_CPU_AVX512VBMI) hb_table_avx512vbmi(kernels);
     if (cpu_flags & HB_CPU_AVX512BF16) hb_table_avx512bf16(kernels);
+#if !defined(HB_WITHOUT_AMX)
+    if (cpu_flags & HB_CPU_AMX) hb_table_amx(kernels);
+#endif
 #endif
     (void)cpu_flags;
 }

@@ -26,6 +26,7 @@ void hb_table_avx512(hb_kernels *kernels);
 void hb_table_avx512vnni(hb_kernels *kernels);
 void hb_table_avx512vbmi(hb_kernels *kernels);
 void hb_table_avx512bf16(hb_kernels *kernels);
+void hb_table_amx(hb_kernels *kernels);
 void hb_table_neon(hb_kernels *kernels);
 
 #endif

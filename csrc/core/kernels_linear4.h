@@ -101,6 +101,7 @@ void hb_linear4_table_ref(hb_kernels_linear4 *kernels);
 void hb_linear4_table_avx2(hb_kernels_linear4 *kernels);
 void hb_linear4_table_avx512(hb_kernels_linear4 *kernels);
 void hb_linear4_table_avx512bf16(hb_kernels_linear4 *kernels);
+void hb_linear4_table_amx(hb_kernels_linear4 *kernels);
 void hb_linear4_table_neon(hb_kernels_linear4 *kernels);
 
 #endif

@@ -20,4 +20,8 @@
 #include <immintrin.h>
 #endif
 
+#if defined(HB_EMULATE_TILES)
+#include "simde_tiles.h" // tests/c/simde: tile registers, which few machines have
+#endif
+
 #endif

@@ -14,16 +14,22 @@
 
 PyDoc_STRVAR(cpu_info_doc,
              "cpu_info($module, /)\n--\n\n"
-             "{\"detected\": str, \"used\": str, \"threads\": int, \"loops_on_torch_threads\": "
-             "int}. The last "
-             "counts the parallel loops that torch's OpenMP threads have run for us.");
+             "{\"detected\": str, \"used\": str, \"amx\": str, \"threads\": int, "
+             "\"loops_on_torch_threads\": int}. detected: the best instruction set that is used "
+             "unless HALFBYTE_CPU names another. amx: \"no\" (none here), \"off\" (used where "
+             "HALFBYTE_CPU is \"amx\" and the system grants it) or \"used\". The last counts the "
+             "parallel loops that torch's OpenMP threads have run for us.");
 
 static PyObject *cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     const hb_context *context = &hb_state_of_module(module)->context;
-    return Py_BuildValue("{s:s, s:s, s:i, s:K}", "detected", hb_cpu_name(hb_cpu_detect()), "used",
-                         hb_cpu_name(context->cpu_flags), "threads", hb_pool_threads(context->pool),
-                         "loops_on_torch_threads",
+    const uint32_t detected = hb_cpu_detect();
+    const char *amx = "no";
+    if (detected & HB_CPU_AMX) amx = context->cpu_flags & HB_CPU_AMX ? "used" : "off";
+    return Py_BuildValue("{s:s, s:s, s:s, s:i, s:K}", "detected",
+                         hb_cpu_name(detected & ~(uint32_t)HB_CPU_AMX), "used",
+                         hb_cpu_name(context->cpu_flags), "amx", amx, "threads",
+                         hb_pool_threads(context->pool), "loops_on_torch_threads",
                          (unsigned long long)hb_pool_borrowed(context->pool));
 }
 
@@ -61,6 +67,11 @@ static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ign
 #if defined(__x86_64__) || defined(_M_X64)
     PyObject *isas = Py_BuildValue("[ssssss]", "ref", "avx2", "avx512", "avx512vnni", "avx512vbmi",
                                    "avx512bf16");
+#if !defined(HB_WITHOUT_AMX)
+    PyObject *amx = PyUnicode_FromString("amx");
+    if (isas != NULL && (amx == NULL || PyList_Append(isas, amx) < 0)) Py_CLEAR(isas);
+    Py_XDECREF(amx);
+#endif
 #elif defined(__aarch64__)
     PyObject *isas = Py_BuildValue("[ss]", "ref", "neon");
 #else

@@ -429,8 +429,10 @@ def map8(name: str, /) -> _Array:
     "normal"."""
 
 def cpu_info() -> dict[str, Any]:
-    """{"detected": str, "used": str, "threads": int, "loops_on_torch_threads": int}. The last counts the
-    parallel loops that torch's OpenMP threads have run for us."""
+    """{"detected": str, "used": str, "amx": str, "threads": int, "loops_on_torch_threads": int}. detected: the best
+    instruction set that is used unless HALFBYTE_CPU names another. amx: "no" (none here), "off" (used where
+    HALFBYTE_CPU is "amx" and the system grants it) or "used". The last counts the parallel loops that torch's
+    OpenMP threads have run for us."""
 
 def cuda_info() -> dict[str, Any]:
     """{"available": bool, "reason": str | None, "driver": str | None, "runtime": str | None, "devices":

@@ -159,6 +159,9 @@ def _processor() -> Outcome:
 
     info = _C.cpu_info()
     detail = f"{platform.machine()}, best kernels: {info['detected']}, used: {info['used']}"
+    if info["amx"] == "off":
+        refused = os.environ.get("HALFBYTE_CPU") == "amx"
+        detail += ", AMX " + ("refused by the system" if refused else "left alone (see HALFBYTE_CPU)")
     if info["used"] != info["detected"]:
         return WARN, detail + " (HALFBYTE_CPU)", "unset HALFBYTE_CPU"
     return PASS, detail, None

@@ -1,6 +1,7 @@
 """Builds the C test program in its variants; run as a script it prints the path of the program.
 
     python tests/c/build.py native                       every ISA folder with its own flags
+    python tests/c/build.py emulated_tiles               the same, but for AMX: its tile registers in plain C
     python tests/c/build.py simde_x86                    the x86 folders as plain C, through SIMDe
     python tests/c/build.py simde_neon                   the NEON folder as plain C, through SIMDe
     python tests/c/build.py qemu_neon                    the NEON folder for AArch64, run under qemu-user
@@ -22,9 +23,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "c"
-VARIANTS = ("native", "simde_x86", "simde_neon", "qemu_neon")
-X86 = ("avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16")
-ISAS = {"simde_x86": ("ref", *X86), "simde_neon": ("neon",), "qemu_neon": ("ref", "neon")}
+VARIANTS = ("native", "emulated_tiles", "simde_x86", "simde_neon", "qemu_neon")
+X86 = ("avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16", "amx")
+EMULATE_TILES = ["-DHB_EMULATE_TILES", f"-isystem{HERE / 'simde'}"]
+ISAS = {"emulated_tiles": ("amx",), "simde_x86": ("ref", *X86), "simde_neon": ("neon",), "qemu_neon": ("ref", "neon")}
 
 
 class Unavailable(Exception):
@@ -41,7 +43,7 @@ def setup_module():
 
 def isas(variant: str) -> tuple[str, ...]:
     """The ISA folders that the variant can test."""
-    return ISAS.get(variant) or ("ref", *setup_module().FLAGS_OF_MACHINE.get(platform.machine(), {}))
+    return ISAS.get(variant) or tuple(setup_module().ISA_FLAGS)
 
 
 def runner(variant: str) -> list[str]:
@@ -72,7 +74,11 @@ def plan(variant: str, sanitize: str) -> dict[Path, list[str]]:
     emulated = variant.startswith("simde")
     flags = {"ref": [], **(setup.X86_FLAGS if not variant.endswith("neon") else setup.ARM_FLAGS)}
     if variant == "native":
-        flags = {"ref": [], **setup.FLAGS_OF_MACHINE.get(platform.machine(), {})}
+        flags = setup.ISA_FLAGS
+    if variant == "emulated_tiles":  # no compiler has to know them
+        flags = {"ref": [], **setup.X86_FLAGS, "amx": setup.X86_FLAGS["avx512bf16"]}
+    if variant != "native":
+        common = [flag for flag in common if flag != "-DHB_WITHOUT_AMX"]
     if emulated:
         import simde_py
 
@@ -86,13 +92,16 @@ def plan(variant: str, sanitize: str) -> dict[Path, list[str]]:
             "-Wno-psabi",
         ]
         common += [f"-isystem{simde_py.get_include()}", f"-isystem{HERE / 'simde'}"]
-        common += ["-DHB_SIMDE_NEON"] if neon else []
+        common += ["-DHB_SIMDE_NEON"] if neon else ["-DHB_EMULATE_TILES"]
         flags = {isa: [] for isa in flags}
     files = {path: [*common, "-Wconversion"] for path in sorted((ROOT / "csrc" / "core").glob("*.c"))}
     for isa, isa_flags in flags.items():
         files |= {path: common + isa_flags for path in sorted((ROOT / "csrc" / "cpu" / isa).glob("*.c"))}
     bench = [] if emulated else sorted((ROOT / "benchmarks").glob("bench_*.c"))
     files |= {path: [*common, "-D_GNU_SOURCE"] for path in [*sorted(HERE.glob("*.c")), *bench]}
+    if variant == "emulated_tiles":
+        for path in [*(ROOT / "csrc" / "cpu" / "amx").glob("*.c"), HERE / "check.c", *HERE.glob("*tiles.c")]:
+            files[path] = [*files[path], *EMULATE_TILES]
     return files
 
 
@@ -121,12 +130,23 @@ def build(variant: str, sanitize: str = "") -> Path:
         raise Unavailable("this machine runs the NEON kernels natively")
     compiler = compilers(variant)
     runner(variant)
-    name = variant + ("-" + sanitize.replace(",", "-") if sanitize else "")
-    folder = ROOT / "build" / "tests-c" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "check"
+    if variant == "emulated_tiles" and platform.machine() not in ("x86_64", "AMD64"):
+        raise Unavailable("the kernels around the tiles are for x86")
+
+    def folder_of(variant: str) -> Path:
+        name = variant + ("-" + sanitize.replace(",", "-") if sanitize else "")
+        return ROOT / "build" / "tests-c" / name
+
+    def compile_into_folder(source: Path, flags: list[str]) -> Path:
+        # What is the same as in the native program is compiled once for both.
+        shared = variant == "emulated_tiles" and not set(EMULATE_TILES) <= set(flags)
+        return compile_one(compiler, source, flags, folder_of("native" if shared else variant))
+
+    program = folder_of(variant) / "check"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    folder_of("native").mkdir(exist_ok=True)
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(compile_one, compiler, s, f, folder) for s, f in plan(variant, sanitize).items()]
+        jobs = [pool.submit(compile_into_folder, s, f) for s, f in plan(variant, sanitize).items()]
         objects = [job.result() for job in jobs]
     if program.exists() and all(o.stat().st_mtime_ns <= program.stat().st_mtime_ns for o in objects):
         return program

@@ -7,6 +7,9 @@
 //   --json=FILE            the results of both also as JSON lines
 //   --threads=N --seed=N
 #include "check.h"
+#if defined(HB_EMULATE_TILES)
+#include "simde_tiles.h"
+#endif
 
 #include <math.h>
 #include <signal.h>
@@ -44,6 +47,11 @@ void check_label(check *c, const char *format, ...)
     va_start(args, format);
     vsnprintf(label, sizeof label, format, args);
     va_end(args);
+}
+
+void check_print_place(void)
+{
+    printf("in %s [%s]\n", where, label);
 }
 
 static void report(check *c, const char *format, va_list args, const char *detail)
@@ -340,7 +348,7 @@ void check_count_report(const check_count *count, int64_t instructions)
 // ---- main ---------------------------------------------------------------------------------------
 
 static const char *const isa_names[] = {"ref",        "avx2",       "avx512", "avx512vnni",
-                                        "avx512vbmi", "avx512bf16", "neon"};
+                                        "avx512vbmi", "avx512bf16", "amx",    "neon"};
 enum { ISA_COUNT = sizeof isa_names / sizeof *isa_names };
 
 // What this binary can run: the processor's flags, or everything that was compiled for emulation.
@@ -349,9 +357,16 @@ static uint32_t available_flags(void)
 #if defined(HB_SIMDE) && defined(HB_SIMDE_NEON)
     return HB_CPU_NEON;
 #elif defined(HB_SIMDE)
-    return HB_CPU_AVX2 | HB_CPU_AVX512 | HB_CPU_AVX512VNNI | HB_CPU_AVX512VBMI | HB_CPU_AVX512BF16;
+    return HB_CPU_AVX2 | HB_CPU_AVX512 | HB_CPU_AVX512VNNI | HB_CPU_AVX512VBMI | HB_CPU_AVX512BF16 |
+           HB_CPU_AMX;
 #else
-    return hb_cpu_detect();
+    static int tiles = -1; // asked for once
+    uint32_t flags = hb_cpu_detect();
+#if defined(HB_EMULATE_TILES)
+    return (flags & HB_CPU_AVX512BF16) ? flags | HB_CPU_AMX : flags;
+#endif
+    if (flags & HB_CPU_AMX && tiles < 0) tiles = hb_cpu_request_tiles();
+    return tiles == 1 ? flags : flags & ~(uint32_t)HB_CPU_AMX;
 #endif
 }
 
@@ -402,6 +417,9 @@ static int run_group(const check_group *group, int step, bool bench, int threads
     c.kernels = &context.kernels;
     group->run(&c);
     check_release(&c);
+#if defined(HB_EMULATE_TILES)
+    CHECK(&c, tiles_configured() == 0, "%d threads were left with tiles", tiles_configured());
+#endif
     hb_context_clear(&context);
     if (c.failures > MAX_SHOWN) printf("FAIL %s: %d failures in all\n", where, c.failures);
     if (!bench) printf("%s %s\n", c.failures ? "FAILED" : "ok", where);

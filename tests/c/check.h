@@ -77,6 +77,7 @@ void check_fail(check *c, const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 // What is being tested now; shown with failures and crashes until the next call.
 void check_label(check *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void check_print_place(void); // group, ISA and label
 
 // Bit for bit; reports the first difference.
 bool check_equal(check *c, const void *got, const void *want, size_t bytes, const char *format, ...)

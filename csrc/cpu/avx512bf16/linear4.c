@@ -14,21 +14,6 @@
 
 enum { DOT_ROWS = 4, DOT_UNTIL = 16, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 256 };
 
-// 32 words of x as bfloat16, zero beyond `depth`.
-INLINE __m512i load_x_bf16(const void *x, int64_t at, hb_dtype dtype, int64_t depth)
-{
-    if (dtype == HB_BF16) {
-        int64_t n = depth - at;
-        __mmask32 mask = n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1;
-        return _mm512_maskz_loadu_epi16(mask, (const uint16_t *)x + at);
-    }
-    __m512 low = rounded_to_bf16(load_x(x, at, dtype, first_lanes(depth - at)));
-    __m512 high = rounded_to_bf16(load_x(x, at + LANES, dtype, first_lanes(depth - at - LANES)));
-    __m256i low_half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(low), 16));
-    __m256i high_half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(high), 16));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low_half), high_half, 1);
-}
-
 INLINE __m512 add_pair_products(__m512 sum, __m512i a, __m512i b)
 {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);

@@ -1,0 +1,6 @@
+#include "core/kernels.h"
+
+void hb_table_amx(hb_kernels *kernels)
+{
+    hb_linear4_table_amx(&kernels->linear4);
+}
