@@ -26,7 +26,12 @@ HERE = ROOT / "tests" / "c"
 VARIANTS = ("native", "emulated_tiles", "simde_x86", "simde_neon", "qemu_neon")
 X86 = ("avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16", "amx")
 EMULATE_TILES = ["-DHB_EMULATE_TILES", f"-isystem{HERE / 'simde'}"]
-ISAS = {"emulated_tiles": ("amx",), "simde_x86": ("ref", *X86), "simde_neon": ("neon",), "qemu_neon": ("ref", "neon")}
+ISAS = {
+    "emulated_tiles": ("amx",),
+    "simde_x86": ("ref", *X86),
+    "simde_neon": ("neon",),
+    "qemu_neon": ("ref", "neon"),
+}
 
 
 class Unavailable(Exception):

@@ -88,6 +88,20 @@ def test_baseline_objects_use_no_wide_registers(objects):
     assert "%ymm" in avx2
 
 
+@pytest.mark.skipif("amx" not in halfbyte._C.build_info()["isas"], reason="built without AMX")
+def test_tile_instructions_are_where_they_belong(objects):
+    """Tests run the AMX kernels on an emulation; the real ones consist of the instructions, and no others do."""
+    code = {p: run("objdump", "-d", "--no-show-raw-insn", str(p)) for p in objects.glob("**/*.o")}
+    for path, text in code.items():
+        found = set(re.findall(r"\t(tile\w+|tdp\w+|ldtilecfg|sttilecfg)", text))
+        if path.parent.name != "amx":
+            assert not found, f"{path.relative_to(objects)} uses {found}"
+        elif path.stem != "table":
+            product = {"linear4": "tdpbf16ps", "linear8": "tdpbssd"}[path.stem]
+            needed = {"ldtilecfg", "tileloadd", "tilezero", "tilestored", "tilerelease", product}
+            assert found == needed, f"{path.relative_to(objects)} uses {found}"
+
+
 FORMATS = "absmax|code4|nf4|fp4|map8|int8|dyn8|block4|blocks"
 
 
