@@ -5,6 +5,11 @@ hb_status hb_context_init(hb_context *context, uint32_t cpu_flags, int threads, 
 {
     context->cpu_flags = cpu_flags;
     hb_kernels_init(&context->kernels, cpu_flags);
+    for (int format = 0; format < HB_CODEBOOK_COUNT; format++) {
+        const float *value = hb_codebook4_get((hb_format4)format)->value;
+        hb_codebook_round(value, HB_INT16_LIMIT, &context->rounded[format][0]);
+        hb_codebook_round(value, HB_INT8_LIMIT, &context->rounded[format][1]);
+    }
     context->pool = hb_pool_create(threads);
     HB_CHECK(error, context->pool != NULL, HB_ERR_MEMORY, "context: no memory for the thread pool");
     return HB_OK;

@@ -21,6 +21,20 @@ typedef struct {
 } hb_codebook4;
 
 const hb_codebook4 *hb_codebook4_get(hb_format4 format);
+
+// A codebook in integers: value[i] ~ code[i] * step, |code[i]| <= the limit it was rounded to.
+typedef struct {
+    int16_t code[16];
+    float step;
+} hb_codebook_int;
+
+enum { HB_INT8_LIMIT = 127, HB_INT16_LIMIT = 16383 };
+
+// Rounds 16 finite values to integers of at most `limit` (>= 64). The largest magnitude becomes one
+// of the 64 largest integers: the one that leaves the smallest sum of squared errors (the larger
+// one of two such). All zero: codes 0, step 1.
+void hb_codebook_round(const float *value, int limit, hb_codebook_int *rounded);
+
 // Returns the format, or -1 when the name is unknown.
 int hb_format4_from_name(const char *name);
 

@@ -26,6 +26,23 @@
 // set on hardware dot products may also flush subnormals). Infinities and NaN in x, or in the
 // absmax of a nonzero weight, make y non-finite. Panels, tiles and packed x are 64-byte aligned;
 // everything else has its element's alignment.
+//
+// The integer sets (opt-in) quantize x and the codebook; limit L = 16383 (int16) or 127 (int8):
+//   x step  s = max(amax / L, 2^-112) for every 64 columns of a row of x, amax the largest
+//   magnitude
+//           there; x ~ q s with q = rint(x (1/s)), so |x - q s| <= 0.502 s. Stored is s 2^-14 or
+//           s 2^-7, which keeps sums below |y|. NaN if one of the 64 is not finite: y is NaN then.
+//   weight  ~ absmax * code * step of hb_codebook_round.
+//   dot     Sixteen float32 totals per y, each over 8 columns of every 128, exact int32 sums of
+//           which (columns of lane i in a chunk of 64, int8: 8i..8i+7; int16: 4i..4i+3 and 16 more
+//           for i < 4, 32 more for i >= 4; the totals of even chunks come first) are added as
+//           fma((float)sum, absmax * (stored s), total), in order. The totals t are added as
+//           t[i] + t[i+8], + 4, + 2, + 1; the result times step 2^14 (2^7).
+//   panel   (int8, blocksize >= 64 and even in 64s) one total per y, each 64 columns added as
+//           fma((float)sum, absmax * (stored s), total); the result times step 2^7 by `unscale`.
+// Every operation is exact or rounded once in this order: all ISAs give the same bits.
+// |err| <= sum absmax (|c| |x - q s| + |c - code step| |q s|) + (depth/128 + 10) u sum |w| |q s| in
+// dot, depth/64 + 5 in panels, as long as absmax times amax is a finite float32 and above 2^-126.
 #ifndef HB_CORE_KERNELS_LINEAR4_H
 #define HB_CORE_KERNELS_LINEAR4_H
 
@@ -39,6 +56,7 @@ typedef struct {
     int64_t absmax_stride; // floats from one row's scales to the next
     int64_t blocksize;     // power of two >= 32; column c of this block has scale [c / blocksize]
     const float *codebook; // [16] float32, 64-byte aligned
+    const hb_codebook_int *rounded; // for the integer sets: the same in integers of their size
 } hb_matrix4;
 
 #define HB_LINEAR4_MAX_TILE_ROWS 32
@@ -55,6 +73,10 @@ typedef struct {
     int32_t pair; // consecutive values of the summed index kept together: 1, or 2 for bfloat16
     int32_t element_bytes; // of permuted x, packed x and panels: 4 float32, 2 bfloat16
     int32_t x_block;       // packed x keeps so many steps of a row together: 16 or 32
+    // Integer sets: what comes with each 64 columns (scales, corrections), in bytes; 0 otherwise.
+    int32_t dot_extra;   // per row of permuted x: all of them behind the row's codes
+    int32_t x_extra;     // per row of packed x, with the 64 columns
+    int32_t panel_extra; // per row of W in a panel, with the 64 columns
     // Column of W, counted from the panel's first, at each place of a decode_cols panel.
     uint8_t column_order[HB_LINEAR4_MAX_TILE_COLS];
     bool columns_in_order; // column_order[c] == c for all c
@@ -62,8 +84,8 @@ typedef struct {
     // x [depth] of dtype (float32, bfloat16, float16) -> permuted [depth rounded up to X_GROUP].
     void (*permute_x)(const void *x, hb_dtype dtype, int64_t depth, void *permuted);
     // y[t * y_stride + r] = sum_k w[r, k] x[t, k] for r < n_rows, t < n_x (1..dot_rows). depth is a
-    // multiple of 32. Row t of permuted x begins depth (rounded up to X_GROUP) elements after t
-    // - 1. Each y has the same bits whatever n_rows; it may depend on n_x.
+    // multiple of 32. Row t of permuted x begins hb_linear4_permuted_bytes() after row t - 1. Each
+    // y has the same bits whatever n_rows; it may depend on n_x.
     void (*dot)(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const void *permuted, int n_x,
                 float *y, int64_t y_stride);
     // One tile of x: n_x (1..tile_rows) rows at x + t * x_stride elements of dtype ->
@@ -90,11 +112,21 @@ typedef struct {
 } hb_linear4_set;
 
 typedef struct {
-    hb_linear4_set f32, bf16;
+    // The integer sets have no decode_cols; where tile is NULL (tile_rows, tile_cols, pair,
+    // x_block: 1) many rows of x take the f32 set.
+    hb_linear4_set f32, bf16, i16, i8;
     // y[i] = round_to_dtype(sums[i] + bias[i]) for i < n; bias float32 or NULL. sums 64-byte
     // aligned.
     void (*finish)(const float *sums, const float *bias, int64_t n, hb_dtype dtype, void *y);
 } hb_kernels_linear4;
+
+// Bytes from one row of permuted x to the next.
+static inline int64_t hb_linear4_permuted_bytes(const hb_linear4_set *set, int64_t depth)
+{
+    int64_t groups = hb_ceil_div(depth, HB_LINEAR4_X_GROUP);
+    int64_t bytes = groups * (HB_LINEAR4_X_GROUP * set->element_bytes + 2 * set->dot_extra);
+    return (bytes + 63) / 64 * 64;
+}
 
 // Each fills the members that its ISA does better. Called from that folder's table.c.
 void hb_linear4_table_ref(hb_kernels_linear4 *kernels);
@@ -103,5 +135,7 @@ void hb_linear4_table_avx512(hb_kernels_linear4 *kernels);
 void hb_linear4_table_avx512bf16(hb_kernels_linear4 *kernels);
 void hb_linear4_table_amx(hb_kernels_linear4 *kernels);
 void hb_linear4_table_neon(hb_kernels_linear4 *kernels);
+void hb_linear4_int_table_ref(hb_kernels_linear4 *kernels);
+void hb_linear4_int_table_avx2(hb_kernels_linear4 *kernels);
 
 #endif

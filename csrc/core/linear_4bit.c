@@ -31,6 +31,7 @@ enum {
     DOT_CHUNK_ROWS = 64,    // rows of W per chunk of the dot regime
     DOT_SCALE_ROWS = 16,    // of which so many have their scales expanded at a time
     MIN_BLOCKSIZE = 32,     // what kernels take
+    INT_BLOCKSIZE = 64,     // what the integer sets' panels take, and their unit of steps
 };
 
 typedef struct {
@@ -38,6 +39,7 @@ typedef struct {
     const hb_linear4_set *set;
     const hb_tensor4 *w;
     bool backward, bf16;
+    const hb_codebook_int *rounded; // integer sets
     int64_t blocksize; // that kernels see: power of two >= 32 dividing depth; 0: element by element
     bool expand;       // scales are copied out (nested, or blocks straddle rows)
     hb_matrix x, y;
@@ -71,6 +73,23 @@ static int64_t round_up(int64_t n, int64_t multiple)
 static int64_t least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
+}
+
+// Bytes of `steps` steps of a tile of x, and of a panel: also the offset of the step behind them.
+static int64_t tile_bytes(const hb_linear4_set *set, int64_t steps)
+{
+    if (set->x_extra == 0)
+        return round_up(steps, set->x_block) * set->tile_rows * set->element_bytes;
+    return hb_ceil_div(steps, INT_BLOCKSIZE) * set->tile_rows *
+           (INT_BLOCKSIZE * set->element_bytes + set->x_extra);
+}
+
+static int64_t panel_bytes(const hb_linear4_set *set, int64_t steps)
+{
+    if (set->panel_extra == 0)
+        return round_up(steps, set->pair) * set->tile_cols * set->element_bytes;
+    return hb_ceil_div(steps, INT_BLOCKSIZE) * set->tile_cols *
+           (INT_BLOCKSIZE * set->element_bytes + set->panel_extra);
 }
 
 // ---- weights ----------------------------------------------------------------------------------
@@ -113,6 +132,7 @@ static hb_matrix4 block_of(const product *p, int64_t row, int64_t column, const 
         .row_bytes = w->depth / 2,
         .blocksize = p->blocksize,
         .codebook = p->codebook,
+        .rounded = p->rounded,
     };
     if (p->expand) {
         block.absmax = scales + (column - scale_column) / p->blocksize;
@@ -243,8 +263,7 @@ static void decode_panel(const product *p, int64_t out, int64_t n_out, int64_t s
 static unsigned char *shared_panel(const product *p, int64_t out, int64_t step)
 {
     const hb_linear4_set *set = p->set;
-    return p->shared + out / set->tile_cols * p->shared_stride +
-           step * set->tile_cols * set->element_bytes;
+    return p->shared + out / set->tile_cols * p->shared_stride + panel_bytes(set, step);
 }
 
 // Forward: one panel, all steps. Backward: SHARED_STEPS steps of all panels, so that scales and
@@ -297,8 +316,7 @@ static void multiply_panel(const product *p, int64_t out, int64_t tile_begin, in
         if (set->begin != NULL) set->begin();
         for (int64_t t = tile_begin; t < tile_end; t++) {
             int n_x = (int)least(set->tile_rows, p->m_count - t * set->tile_rows);
-            const unsigned char *packed =
-                p->packed + t * p->packed_stride + step * set->tile_rows * set->element_bytes;
+            const unsigned char *packed = p->packed + t * p->packed_stride + tile_bytes(set, step);
             set->tile(packed, panel, n_steps, n_x, step > 0, sums + (t - tile_begin) * tile_sums);
         }
         if (set->end != NULL) set->end();
@@ -307,6 +325,11 @@ static void multiply_panel(const product *p, int64_t out, int64_t tile_begin, in
     for (int64_t m = tile_begin * set->tile_rows; m < m_end; m++) {
         const float *row = sums + (m - tile_begin * set->tile_rows) * cols;
         _Alignas(64) float natural[HB_LINEAR4_MAX_TILE_COLS];
+        if (p->rounded != NULL) {
+            const float unscale = p->rounded->step * 0x1p7f;
+            for (int64_t c = 0; c < cols; c++) natural[c] = row[c] * unscale;
+            row = natural;
+        }
         if (p->backward && !set->columns_in_order) {
             for (int64_t c = 0; c < cols; c++) natural[set->column_order[c]] = row[c];
             row = natural;
@@ -405,9 +428,8 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
     const int n_lanes = p->n_lanes = serial ? 1 : hb_pool_threads(p->context->pool);
     // A unit is what is packed together: a row (dot) or a tile of rows.
     const int64_t unit = use_dot ? 1 : set->tile_rows;
-    p->packed_stride =
-        unit * set->element_bytes * round_up(p->steps, use_dot ? HB_LINEAR4_X_GROUP : set->x_block);
-    p->packed_stride = round_up(p->packed_stride, 64);
+    p->packed_stride = use_dot ? hb_linear4_permuted_bytes(set, p->steps)
+                               : round_up(tile_bytes(set, p->steps), 64);
     int64_t pass_units = hb_ceil_div(rows, unit);
     if (!use_dot && p->packed_stride > 0)
         pass_units =
@@ -427,7 +449,7 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
     // Few outputs: split the rows of x too, into at least 4 chunks a lane if they are there.
     const bool few_outputs =
         !serial && tiles > 1 && hb_ceil_div(p->outputs, outputs_per_chunk(p)) < 4 * n_lanes;
-    p->shared_stride = round_up(p->steps, set->pair) * set->tile_cols * set->element_bytes;
+    p->shared_stride = panel_bytes(set, p->steps);
     const bool share =
         !use_dot && p->blocksize > 0 && few_outputs && p->shared_stride <= SHARED_BYTES / panels;
     const int64_t shared_bytes = share ? panels * p->shared_stride : 0;
@@ -455,7 +477,7 @@ static hb_status run_product(product *p, const hb_view *bias, const char *functi
     const bool all_scales = p->expand && p->backward && p->blocksize > 0 && !share;
     const int64_t all_scales_bytes =
         all_scales ? round_up(p->steps * (p->outputs / p->blocksize) * 4, 64) : 0;
-    p->sums_at = use_dot ? 0 : (int64_t)set->panel_steps * set->tile_cols * set->element_bytes;
+    p->sums_at = use_dot ? 0 : panel_bytes(set, set->panel_steps);
     p->scales_at = p->sums_at + (use_dot ? set->dot_rows * DOT_CHUNK_ROWS
                                          : p->tiles_per_chunk * set->tile_rows * set->tile_cols) *
                                     4;
@@ -525,13 +547,27 @@ static hb_status check_weight(const hb_tensor4 *w, const char *function, hb_erro
     return HB_OK;
 }
 
+// An integer set has no backward products and no decoding of single elements, and where it has no
+// panels (or the blocks are too small for them) more rows of x than dot takes: all exact instead.
+static void choose_set(product *p, hb_compute compute)
+{
+    const hb_kernels_linear4 *sets = &p->context->kernels.linear4;
+    p->bf16 = compute == HB_COMPUTE_BF16;
+    p->set = p->bf16 ? &sets->bf16 : &sets->f32;
+    if ((compute != HB_COMPUTE_I16 && compute != HB_COMPUTE_I8) || p->backward || p->blocksize == 0)
+        return;
+    const bool wide = compute == HB_COMPUTE_I16;
+    const hb_linear4_set *set = wide ? &sets->i16 : &sets->i8;
+    if (p->x.rows > set->dot_until && (set->tile == NULL || p->blocksize < INT_BLOCKSIZE)) return;
+    p->set = set;
+    p->rounded = &p->context->rounded[p->w->format][wide ? 0 : 1];
+}
+
 static void prepare(product *p, hb_context *context, const hb_tensor4 *w, hb_compute compute,
                     const hb_view *x, const hb_view *y)
 {
     p->context = context;
     p->w = w;
-    p->bf16 = compute == HB_COMPUTE_BF16;
-    p->set = p->bf16 ? &context->kernels.linear4.bf16 : &context->kernels.linear4.f32;
     p->x = hb_matrix_of(x);
     p->y = hb_matrix_of(y);
     p->steps = p->x.cols;
@@ -542,6 +578,18 @@ static void prepare(product *p, hb_context *context, const hb_tensor4 *w, hb_com
     p->blocksize = least(common, w->blocksize);
     if (p->blocksize < MIN_BLOCKSIZE || w->depth > INT32_MAX) p->blocksize = 0;
     p->expand = w->absmax == NULL || p->blocksize != w->blocksize;
+    choose_set(p, compute);
+}
+
+// On a GPU there is no integer arithmetic for 4-bit weights.
+static hb_status check_compute(hb_compute compute, const hb_view *x, const char *function,
+                               hb_error *error)
+{
+    HB_CHECK(error,
+             x->device.type != HB_CUDA || (compute != HB_COMPUTE_I16 && compute != HB_COMPUTE_I8),
+             HB_ERR_VALUE, "%s: compute, expected float32 or bfloat16 on CUDA, got %s", function,
+             compute == HB_COMPUTE_I16 ? "int16" : "int8");
+    return HB_OK;
 }
 
 hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4 *w,
@@ -559,6 +607,7 @@ hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4
                  " elements",
                  w->rows, bias->ndim, hb_view_numel(bias));
     }
+    HB_TRY(check_compute(compute, x, function, error));
     if (x->device.type == HB_CUDA)
         return hb_linear_4bit_cuda(function, x, w, bias, false, y, workspace, error);
     product p = {.backward = false};
@@ -574,6 +623,7 @@ hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, cons
     HB_TRY(check_weight(w, function, error));
     HB_TRY(hb_matrix_check_views(dy, w->rows, "dy", "columns", dx, w->depth, "dx", "depth",
                                  function, error));
+    HB_TRY(check_compute(compute, dy, function, error));
     if (dy->device.type == HB_CUDA)
         return hb_linear_4bit_cuda(function, dy, w, NULL, true, dx, workspace, error);
     product p = {.backward = true};

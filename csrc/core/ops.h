@@ -27,6 +27,7 @@ typedef struct {
     hb_kernels kernels;
     hb_pool *pool;
     uint32_t cpu_flags;
+    hb_codebook_int rounded[HB_CODEBOOK_COUNT][2]; // of each format, to int16 and to int8
 } hb_context;
 
 // Fills kernels and starts the pool object. threads <= 0: automatic.
@@ -78,9 +79,18 @@ void hb_expand_absmax(const hb_context *context, const hb_tensor4 *w, int64_t fi
 
 // How products are formed. FLOAT32: x and codebook in float32, float32 accumulation. BFLOAT16: x
 // and codebook entries rounded to bfloat16 (what a bfloat16 dense layer would see), float32 sums.
-// On CUDA the dtype of x decides instead: FLOAT32 for float32, and for the 16-bit dtypes as
-// BFLOAT16 says, rounded to that dtype.
-typedef enum { HB_COMPUTE_F32 = 0, HB_COMPUTE_BF16 = 1 } hb_compute;
+// INT16, INT8: x in integers with a scale for 64 columns, the codebook in integers
+// (kernels_linear4.h has the arithmetic and the bound); forward only, dx is that of FLOAT32. Exact
+// as FLOAT32 where depth is no multiple of 32, and for many rows of x where that is faster (INT16)
+// or blocks are shorter than 64.
+// On CUDA (FLOAT32 and BFLOAT16 only) the dtype of x decides instead: FLOAT32 for float32, and for
+// the 16-bit dtypes as BFLOAT16 says, rounded to that dtype.
+typedef enum {
+    HB_COMPUTE_F32 = 0,
+    HB_COMPUTE_BF16 = 1,
+    HB_COMPUTE_I16 = 2,
+    HB_COMPUTE_I8 = 3
+} hb_compute;
 
 // x [..., depth], y [..., rows] of the same leading shape; bias [rows] or NULL, any io dtype each.
 hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4 *w,

@@ -45,7 +45,7 @@ int hb_arg_shape(const char *function, const char *name, PyObject *value, int *n
                  int64_t *numel);
 
 extern const char *const hb_scales_names[];  // "absmax", "search": hb_scales
-extern const char *const hb_compute_names[]; // "float32", "bfloat16": hb_compute
+extern const char *const hb_compute_names[]; // of hb_compute
 extern const char *const hb_mode_names[];    // "dynamic", "exact": hb_int8_mode
 
 // "(2, 3)" into text.

@@ -218,7 +218,7 @@ PyDoc_STRVAR(linear_4bit_doc,
              "compute='float32', *, out=None, nested_absmax=None, nested_map=None, "
              "nested_offset=0.0, nested_blocksize=256)\n--\n\n"
              "y = x W^T + b: x [..., depth] -> [..., rows]. On CUDA x's dtype decides how products "
-             "are formed, not `compute`.");
+             "are formed, not `compute`, of which int16 and int8 are for the processor only.");
 
 static PyObject *linear_4bit(PyObject *module, PyObject *const *args, Py_ssize_t n_args,
                              PyObject *kwnames)

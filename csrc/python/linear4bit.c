@@ -65,6 +65,13 @@ static PyObject *build(hb_state *state, const char *function, PyTypeObject *type
 {
     hb_array bias;
     if (weight == NULL) return NULL;
+    if (((hb_params4 *)weight)->base.origin.device.type == HB_CUDA &&
+        (compute == HB_COMPUTE_I16 || compute == HB_COMPUTE_I8)) {
+        PyErr_Format(PyExc_ValueError, "%s: compute, expected float32 or bfloat16 on CUDA, got %s",
+                     function, hb_compute_names[compute]);
+        Py_DECREF(weight);
+        return NULL;
+    }
     if (check_weight(function, (hb_params4 *)weight) < 0 ||
         (hb_given(bias_object) &&
          hb_bias_get(state, bias_object, function, ((hb_params4 *)weight)->shape[0],
@@ -265,7 +272,7 @@ static PyMethodDef methods[] = {
 static PyGetSetDef properties[] = {
     {"weight", get_weight, NULL, "The Params4bit.", NULL},
     {"bias", get_bias, NULL, "[rows], zero-copy, or None.", NULL},
-    {"compute", get_compute, NULL, "\"float32\" or \"bfloat16\".", NULL},
+    {"compute", get_compute, NULL, "\"float32\", \"bfloat16\", \"int16\" or \"int8\".", NULL},
     {"in_features", get_in_features, NULL, "depth of the weight.", NULL},
     {"out_features", get_out_features, NULL, "rows of the weight.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -280,7 +287,9 @@ static PyMemberDef members[] = {
 };
 
 PyDoc_STRVAR(type_doc, "Linear4bit(weight, bias=None, compute='float32')\n--\n\n"
-                       "y = x W^T + b for a 4-bit W [rows, depth]: layer(x) with x [..., depth].");
+                       "y = x W^T + b for a 4-bit W [rows, depth]: layer(x) with x [..., depth]. "
+                       "compute: how products are formed. int16 and int8 round x and the codebook "
+                       "to integers (on the processor; grad_input is exact).");
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, (void *)(uintptr_t)type_doc},

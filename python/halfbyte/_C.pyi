@@ -24,7 +24,7 @@ from typing import Any, Literal, final
 _Array = Any
 _QuantType = Literal["nf4", "fp4"]
 _Scales = Literal["absmax", "search"]
-_Compute = Literal["float32", "bfloat16"]
+_Compute = Literal["float32", "bfloat16", "int16", "int8"]
 
 class CudaError(RuntimeError):
     """No CUDA device can be used, or one reported an error."""
@@ -325,7 +325,8 @@ def linear_4bit(
     nested_blocksize: int = 256,
 ) -> _Array:
     """y = x W^T + b. compute: how products are formed on the processor; on CUDA x's dtype decides (float32: exact
-    products; 16 bits: the codebook rounded to it, float32 sums and scales)."""
+    products; 16 bits: the codebook rounded to it, float32 sums and scales). "int16" and "int8", on the processor only:
+    x and the codebook in integers, x with a scale for 64 columns; docs/numerics.md has the bounds."""
 
 def linear_4bit_grad_input(
     dy: _Array,

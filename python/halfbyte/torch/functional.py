@@ -334,8 +334,9 @@ def linear_4bit(
         `[rows]`, any float dtype.
     compute
         "float32": x and W in float32. "bfloat16": x and codebook rounded to bfloat16 before they are
-        multiplied; sums in float32. "float16": the same with float16 on CUDA, float32 on the CPU. Default:
-        x's dtype.
+        multiplied; sums in float32. "float16": the same with float16 on CUDA, float32 on the CPU. "int16", "int8"
+        (CPU only): x and codebook rounded to integers, x with a scale for 64 columns; faster where the processor
+        lacks AVX-512 (docs/numerics.md), gradients as in float32. Default: x's dtype.
 
     Returns
     -------

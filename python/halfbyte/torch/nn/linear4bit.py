@@ -75,11 +75,16 @@ class Linear4bit(Saves4bit, nn.Linear):
         dtype the packed bytes are kept in.
     device
         Where the float weight is made; "meta" for none yet.
+    arithmetic
+        Not in bitsandbytes. "int16" or "int8": the forward product rounds x and the codebook to integers, as
+        `functional.linear_4bit` says of `compute`; on the CPU only (ValueError on CUDA). None: `compute_dtype` decides.
 
     Shape
     -----
     x `[..., input_features]` float32, bfloat16 or float16 -> `[..., output_features]` of x's dtype.
     """
+
+    arithmetic: str | None = None  # also of layers that older versions pickled
 
     def __init__(
         self,
@@ -91,8 +96,12 @@ class Linear4bit(Saves4bit, nn.Linear):
         quant_type: str = "fp4",
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
+        *,
+        arithmetic: str | None = None,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
+        if arithmetic not in (None, "int16", "int8"):
+            raise ValueError(f"Linear4bit: arithmetic, expected 'int16', 'int8' or None, got {arithmetic!r}")
         self.weight = Params4bit(
             self.weight.data,
             requires_grad=False,
@@ -105,6 +114,7 @@ class Linear4bit(Saves4bit, nn.Linear):
         self.compute_type_is_set = compute_dtype is not None
         self.quant_state: QuantState | None = None
         self.quant_storage = quant_storage
+        self.arithmetic = arithmetic
 
     def set_compute_type(self, x: Tensor) -> None:
         """Adopt x's dtype as compute dtype where that is fast and safe; warn where the setting is slow."""
@@ -120,6 +130,8 @@ class Linear4bit(Saves4bit, nn.Linear):
                 logger.warning(slow + ("." if x.numel() == x.shape[-1] else " or training speed."))
 
     def _compute(self, x: Tensor) -> str:
+        if self.arithmetic is not None:
+            return self.arithmetic
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
@@ -178,6 +190,8 @@ class LinearNF4(Linear4bit):
         compress_statistics: bool = True,
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
+        *,
+        arithmetic: str | None = None,
     ) -> None:
         super().__init__(
             input_features,
@@ -188,6 +202,7 @@ class LinearNF4(Linear4bit):
             "nf4",
             quant_storage,
             device,
+            arithmetic=arithmetic,
         )
 
 
@@ -203,6 +218,8 @@ class LinearFP4(Linear4bit):
         compress_statistics: bool = True,
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
+        *,
+        arithmetic: str | None = None,
     ) -> None:
         super().__init__(
             input_features,
@@ -213,4 +230,5 @@ class LinearFP4(Linear4bit):
             "fp4",
             quant_storage,
             device,
+            arithmetic=arithmetic,
         )
