@@ -27,7 +27,7 @@ enum {
     SHARED_BYTES = 4 << 20, // most that shared panels take
     SHARED_STEPS = 32,      // rows of W that a chunk decodes for backward panels; even
     STACK_BYTES = 8 << 10,  // scratch up to this size is not allocated
-    SERIAL_BYTES = 1 << 20, // work (bytes of weights, weighted with rows of x) worth a thread
+    SERIAL_BYTES = 1 << 19, // work (bytes of weights, weighted with rows of x) worth a thread
     DOT_CHUNK_ROWS = 64,    // rows of W per chunk of the dot regime
     DOT_SCALE_ROWS = 16,    // of which so many have their scales expanded at a time
     MIN_BLOCKSIZE = 32,     // what kernels take

@@ -419,6 +419,7 @@ class HalfbyteQuantizer(HfQuantizer):
             quant_type=config.format,
             quant_storage=config.quant_storage if layer else torch.uint8,
             scales=config.scales,
+            keep=True,
         )
         if layer:
             module.quant_state = state

@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from halfbyte import _C, shim
 from halfbyte.torch import ops as _ops  # noqa: F401  (defines torch.ops.halfbyte)
+from halfbyte.torch._library import blocks
 from halfbyte.torch.lowlevel import (
     FIRST_CUDA_DEVICE,
     GlobalPageManager,
@@ -41,6 +42,7 @@ from halfbyte.torch.maps import (
 from halfbyte.torch.ops_4bit import natural_compute
 from halfbyte.torch.quant_state import QuantState, pack_dict_to_tensor, unpack_tensor_to_dict
 from halfbyte.torch.symbols import lib
+from halfbyte.torch.weight_memory import empty_weight
 
 __all__ = [
     "FIRST_CUDA_DEVICE",
@@ -137,6 +139,7 @@ def quantize_4bit(
     quant_storage: torch.dtype = torch.uint8,
     *,
     scales: str | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, QuantState]:
     """Quantize a tensor of any shape to 4 bits, block by block.
 
@@ -157,6 +160,8 @@ def quantize_4bit(
     scales
         "absmax": the scale is the largest magnitude (bitsandbytes' choice). "search": the scale of least
         squared error; the format is the same. Default: that of `halfbyte.install(scales=...)`, or "absmax".
+    keep
+        The result is a weight that stays: on the CPU it is laid into large pages (weight_memory.py).
 
     Returns
     -------
@@ -179,7 +184,13 @@ def quantize_4bit(
             f"no multiple of the item size of quant_storage {quant_storage}"
         )
     scales = shim.default_scales() if scales is None else scales
-    packed, scale = torch.ops.halfbyte.quantize_4bit(A.detach(), quant_type, blocksize, scales)
+    A = A.detach()
+    if keep and type(A) is Tensor and A.is_cpu and not is_watched():
+        packed = empty_weight(packed_bytes, torch.uint8)
+        scale = empty_weight(blocks(A.numel(), blocksize), torch.float32)
+        _C.quantize_4bit(A, quant_type, blocksize, scales, packed=packed, absmax=scale)
+    else:
+        packed, scale = torch.ops.halfbyte.quantize_4bit(A, quant_type, blocksize, scales)
     packed = _store("quantize_4bit", packed.view(quant_storage).unsqueeze(1), out)
     code = get_4bit_type(quant_type, A.device)  # each state its own: safetensors refuses shared tensors
     if not compress_statistics:

@@ -165,6 +165,7 @@ class Params4bit(torch.nn.Parameter):
             compress_statistics=self.compress_statistics,
             quant_type=self.quant_type,
             quant_storage=self.quant_storage,
+            keep=True,
         )
         self.requires_grad = False  # codes have none, and torch refuses it for uint8
         self.data = packed
