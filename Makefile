@@ -4,7 +4,7 @@
 #   make demo        quantize the bundled model, measure it, print a table, draw a picture
 #   make test        the whole test suite         make test-slow   the tests that take minutes
 #   make test-versions  the integrations with older releases of transformers, PEFT, ...
-#   make bench       every kernel beside the machine's bandwidth and peak
+#   make bench       every kernel beside the machine's bandwidth and peak, and beside what else is installed
 #   make asan        C and Python suites under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make tsan        C suite under ThreadSanitizer
 #   make lint fmt    check / apply the formatters   make dist   sdist and wheel   make clean
@@ -13,7 +13,7 @@
 #   PYTHON=python3.12        the interpreter that .venv is made from (3.10 to 3.14)
 #   TORCH_SPEC=torch==2.13.0 which torch; TORCH_ARGS are extra arguments for pip, e.g. another index
 #   TESTS="tests/py -k nf4"  arguments for pytest instead of the whole suite
-#   OP=nf4                   which benchmarks (make bench); OP=peers compares with torch and bitsandbytes
+#   OP=nf4                   which benchmarks (make bench): part of a name, or kernels, peers, never-slower
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0

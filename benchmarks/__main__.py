@@ -1,14 +1,16 @@
 """Every kernel and operation beside the machine's limits, measured in one run.
 
-    python -m benchmarks [OP] [--kernels] [--ms N] [--json FILE]
+    python -m benchmarks                                          all three below, about a quarter of an hour
+    python -m benchmarks OP|kernels [--kernels] [--ms N] [--json FILE]
     python -m benchmarks peers [PART] ...                         see peers.py
+    python -m benchmarks never-slower [--part 1/4] ...            see never_slower.py
 
-OP restricts to benchmarks whose name contains it ("linear_4bit nf4 1 rows", "quantize", ...). The rulers
-(DRAM read, copy, multiply-add peak) are measured before and after. `of read` is a benchmark's GB/s over the
-DRAM read bandwidth of as many threads, `of peak` its GFLOP/s over the peak of as many threads: float32
-multiply-adds, or int8 dot products for int8 arithmetic. bfloat16 products are compared with the float32
-peak too, of which hardware bfloat16 can reach twice. Times are the 10th percentile and the median of repeated
-calls. --kernels adds the single kernels of every instruction set, in the cache, on one thread.
+OP restricts to benchmarks whose name contains it ("linear_4bit nf4 1 rows", "quantize", ...); "kernels" is all
+of them. The rulers (DRAM read, copy, multiply-add peak) are measured before and after. `of read` is a
+benchmark's GB/s over the DRAM read bandwidth of as many threads, `of peak` its GFLOP/s over the peak of as many
+threads: float32 multiply-adds, or dot products of int8 or bfloat16 for that arithmetic, where the processor has
+them. Times are the 10th percentile and the median of repeated calls. --kernels adds the single kernels of every
+instruction set, in the cache, on one thread.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def add_rates(row: Row, limits: dict[tuple[str, int], float]) -> Row:
     nanoseconds = row["p10_us"] * 1e3
     name: str = row["name"]
     int8 = "matmul_int8" in name or ("linear_8bit" in name and "exact" not in name and "grad" not in name)
-    peak = limits.get(("dot int8" if int8 else "fma f32", row["threads"]))
+    peak = limits.get(("fma f32", row["threads"]))
+    if int8 or "bfloat16" in name:
+        peak = limits.get(("dot int8" if int8 else "dot bf16", row["threads"]), peak)
     read = limits.get(("read DRAM", row["threads"]))
     if row["bytes"]:
         row["gb_per_s"] = row["bytes"] / nanoseconds
@@ -124,15 +128,14 @@ def measure(arguments: list[str]) -> int:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["peers"]:
-        from . import peers
+    from . import never_slower, peers
 
-        return peers.main(sys.argv[2:])
-    if sys.argv[1:2] == ["never-slower"]:
-        from . import never_slower
-
-        return never_slower.main(sys.argv[2:])
-    return measure(sys.argv[1:])
+    programs = {"kernels": measure, "peers": peers.main, "never-slower": never_slower.main}
+    name, *arguments = sys.argv[1:] or [""]
+    if name:
+        program = programs.get(name)
+        return measure([name, *arguments]) if program is None else program(arguments)
+    return max(program([]) for program in programs.values())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
 //   pages of 4 KiB, which is what weights lie in. A ruler must not lose to what it measures.
 // - copy: memcpy between two such buffers, bytes read plus bytes written.
 // - fma: independent chains of float32 fused multiply-adds in registers, at the widest vectors.
-// - dot: the same with int8 dot products (vpdpbusd), where the processor has them.
+// - dot: the same with dot products of bfloat16 (vdpbf16ps) and int8 (vpdpbusd), where the
+// processor
+//   has them.
 #include "check.h"
 #include "machine_loops.h"
 
@@ -54,8 +56,6 @@ BENCH_GROUP(machine)
     memset(memory, 1, DRAM_BYTES);
     hb_pool *pool = c->context->pool;
     job j = {.read = widest_read(c->flags)};
-    int64_t operations = 0;
-    fma_fn fma = widest_fma(c->flags, &operations);
     for (int threads = 1; threads <= 2; threads++) {
         hb_pool_set_threads(pool, threads);
         CHECK_BENCH(c, b, "machine read DRAM", TURN_BYTES, 0)
@@ -69,16 +69,17 @@ BENCH_GROUP(machine)
             j.to = (uint8_t *)(uintptr_t)j.from + DRAM_BYTES / 2;
             hb_parallel_for(pool, TURN_BYTES / PIECE, copy_pieces, &j);
         }
-        enum { CALLS = 64 };
-        j.fma = fma;
-        if (fma != NULL) CHECK_BENCH(c, b, "machine fma f32", 0, operations * 1000 * CALLS)
+        enum { CALLS = 64, ROUNDS = 1000 };
+        int64_t operations = 0;
+        j.fma = widest_fma(c->flags, &operations);
+        if (j.fma != NULL) CHECK_BENCH(c, b, "machine fma f32", 0, operations * ROUNDS * CALLS)
         hb_parallel_for(pool, CALLS, compute, &j);
-#if defined(__x86_64__)
-        j.fma = dot_64;
-        if (c->flags & HB_CPU_AVX512VNNI)
-            CHECK_BENCH(c, b, "machine dot int8", 0, 2.0 * 64 * CHAINS * 1000 * CALLS)
+        j.fma = bf16_dots(c->flags, &operations);
+        if (j.fma != NULL) CHECK_BENCH(c, b, "machine dot bf16", 0, operations * ROUNDS * CALLS)
         hb_parallel_for(pool, CALLS, compute, &j);
-#endif
+        j.fma = int8_dots(c->flags, &operations);
+        if (j.fma != NULL) CHECK_BENCH(c, b, "machine dot int8", 0, operations * ROUNDS * CALLS)
+        hb_parallel_for(pool, CALLS, compute, &j);
     }
     hb_pool_set_threads(pool, 1);
     CHECK_BENCH(c, b, "machine read L2", L2_BYTES, 0) j.read_sink[0] = j.read(memory, L2_BYTES);

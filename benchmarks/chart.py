@@ -6,6 +6,7 @@ python -m benchmarks.chart RESULT.json OUTPUT.svg      one row of peers.json, or
 from __future__ import annotations
 
 import json
+import re
 import sys
 from html import escape
 from pathlib import Path
@@ -21,11 +22,14 @@ COLORS = {
 }
 
 
-def bars(result: dict[str, Any]) -> str:
-    """An SVG with one bar per entry of "one row" at the largest number of threads; its length is the time."""
+def bars(result: dict[str, Any]) -> str | None:
+    """An SVG with one bar per entry of "one row" at the largest number of threads; its length is the time. None when
+    that was not measured, as below."""
     described = result["environment"]
     threads = max(described["threads"])
     rows = [r for r in result["rows"] if r["title"] == "one row" and r["threads"] == threads]
+    if not rows:
+        return None
     rows.sort(key=lambda row: float(row["p10_us"]))
     longest = max(row["p10_us"] for row in rows)
     height = TOP + len(rows) * (BAR + GAP) + 12
@@ -125,17 +129,19 @@ def never_slower(result: dict[str, Any]) -> str:
     )
 
 
-def many_rows(result: dict[str, Any]) -> str:
+def many_rows(result: dict[str, Any]) -> str | None:
     """An SVG of the contest "rows" of peers.json at the largest number of threads: every peer's curve."""
     threads = max(result["environment"]["threads"])
-    found = [row for row in result["rows"] if row["threads"] == threads and row["title"].endswith(" rows")]
+    found = [r for r in result["rows"] if r["threads"] == threads and re.fullmatch(r"\d+ rows", r["title"])]
+    if not found:
+        return None
     parts: dict[str, dict[str, Curve]] = {"float32 x": {}, "bfloat16 x": {}}
     times = {(row["title"], row["name"]): row["p10_us"] for row in found}
     for row in found:
         name = row["name"]
         dtype = "bfloat16" if "bfloat16" in name else "float32"
         own = times.get((row["title"], f"halfbyte nf4 {dtype}"))
-        if own is not None and not name.startswith(("halfbyte", "multiply-add", "dot product")):
+        if own is not None and not name.startswith(("halfbyte", "multiply-add", "read")):
             curve = parts[f"{dtype} x"].setdefault(name, {})
             curve[int(row["title"].split()[0])] = own / row["p10_us"]
     size = " x ".join(map(str, result["environment"]["size"]))
@@ -147,7 +153,10 @@ def main() -> int:
         raise SystemExit("usage: python -m benchmarks.chart RESULT.json OUTPUT.svg")
     result = json.loads(Path(sys.argv[1]).read_text())
     draw = never_slower if result["rows"] and "direction" in result["rows"][0] else bars
-    Path(sys.argv[2]).write_text(draw(result))
+    drawn = draw(result)
+    if drawn is None:
+        raise SystemExit(f"chart: {sys.argv[1]} has no contest of one row")
+    Path(sys.argv[2]).write_text(drawn)
     return 0
 
 

@@ -101,9 +101,12 @@ def measure(entries: list[Entry], seconds: float) -> None:
             return
 
 
-def rows(title: str, entries: list[Entry], reference: str | None = None) -> list[dict[str, Any]]:
+def rows(
+    title: str, entries: list[Entry], reference: str | None = None, **limits: Entry | None
+) -> list[dict[str, Any]]:
     """One row per entry. `ratio` is the reference's 10th percentile over the entry's: above 1, the entry is
-    faster; with a reading ruler as reference, the share of read bandwidth."""
+    faster; with a reading ruler as reference, the share of read bandwidth. `limits` are rulers: `of_read=ruler`
+    gives each entry of bytes a share of that name of the ruler's rate, or each of operations."""
     base = next((e for e in entries if e.name == reference), None)
     table = []
     for entry in entries:
@@ -121,5 +124,11 @@ def rows(title: str, entries: list[Entry], reference: str | None = None) -> list
         if base is not None:
             row["reference"] = base.name
             row["ratio"] = round(base.p10 / entry.p10, 3)
+            row["ratio_of_medians"] = round(base.percentile(0.5) / entry.percentile(0.5), 3)
+        for share, ruler in limits.items():
+            if ruler is not None and ruler is not entry:
+                work, most = (e.bytes if ruler.bytes else e.operations for e in (entry, ruler))
+                if work:
+                    row[share] = round(work / entry.p10 / (most / ruler.p10), 3)
         table.append(row)
     return table

@@ -9,7 +9,7 @@ import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,16 @@ class Bench:
             "read", lambda i: self.ruler.read(self.room[i % places * nbytes :][:nbytes]), bytes=nbytes
         )
 
+    def peak(self, kind: str) -> Entry | None:
+        """The ruler of arithmetic: "float32", "bfloat16" or "int8"; bfloat16 without its instructions is float32."""
+        if self.ruler.multiply(kind) == 0:
+            return self.peak("float32") if kind == "bfloat16" else None
+        return Entry(
+            f"multiply-add peak {kind}",
+            lambda i: self.ruler.multiply(kind),
+            operations=self.ruler.multiply(kind),
+        )
+
     # ---- layers, each a function i -> f(x) with DRAM-cold weights -------------------------------------
 
     def halfbyte_4bit(self, quant_type: str = "nf4", compute: str = "float32", nested: bool = False) -> tuple:
@@ -120,6 +130,10 @@ class Bench:
     def dense(self, dtype: torch.dtype) -> tuple:
         take = self.dense_weight(dtype)
         return (lambda i: lambda x: F.linear(x, take(i))), take(0).nbytes
+
+    def numpy_dense(self) -> tuple:
+        take = self.dense_weight(F32)
+        return (lambda i: lambda x: x.numpy() @ take(i).numpy().T), take(0).nbytes
 
     def int4pack(self) -> tuple:
         codes = torch.randint(0, 16, (self.rows, self.depth), dtype=torch.int32)
@@ -187,7 +201,7 @@ def entry(name: str, layer: tuple, x: torch.Tensor, bench: Bench, operations: bo
     )
 
 
-def one_row(bench: Bench, bnb: Any) -> list[Row]:
+def one_row(bench: Bench, bnb: Any, title: str = "one row") -> list[Row]:
     x, half = torch.randn(1, bench.depth), torch.randn(1, bench.depth).to(BF16)
     nf4 = bench.halfbyte_4bit()
     entries = [
@@ -201,6 +215,7 @@ def one_row(bench: Bench, bnb: Any) -> list[Row]:
         entry("torch F.linear float32", bench.dense(F32), x, bench),
         entry("torch F.linear bfloat16", bench.dense(BF16), half, bench),
         entry("torch int4pack bfloat16", bench.int4pack(), half, bench),
+        entry("numpy matmul float32", bench.numpy_dense(), x, bench),
     ]
     after = entry("halfbyte nf4 float32, right after torch", nf4, x, bench)
     busy = torch.randn(1 << 20)
@@ -218,21 +233,25 @@ def one_row(bench: Bench, bnb: Any) -> list[Row]:
         entries.append(q4_0(1))
     with torch.no_grad():
         measure(entries, bench.seconds * 3)
-    return rows("one row", entries, "read")
+    return rows(title, entries, "read", of_read=entries[0])
 
 
-def many_rows(bench: Bench, bnb: Any) -> list[Row]:
+def many_rows(
+    bench: Bench, bnb: Any, counts: Iterable[int] = ROW_COUNTS, title: str = "{} rows"
+) -> list[Row]:
     nf4, nf4_bf16 = bench.halfbyte_4bit(), bench.halfbyte_4bit(compute="bfloat16")
     dense, dense_bf16, int4pack = bench.dense(F32), bench.dense(BF16), bench.int4pack()
     fused = None if bnb is None else bench.bitsandbytes_4bit(bnb, BF16)
-    q4_0 = bench.ggml_4bit(ROW_COUNTS)
+    numpy_dense = bench.numpy_dense()
+    q4_0 = bench.ggml_4bit(tuple(counts))
     table: list[Row] = []
-    for m in ROW_COUNTS:
+    for m in counts:
         x = torch.randn(m, bench.depth)
         half = x.to(BF16)
         exact = [
             entry("halfbyte nf4 float32", nf4, x, bench, True),
             entry("torch F.linear float32", dense, x, bench, True),
+            entry("numpy matmul float32", numpy_dense, x, bench, True),
         ]
         if q4_0 is not None:
             exact.append(q4_0(m))
@@ -243,15 +262,25 @@ def many_rows(bench: Bench, bnb: Any) -> list[Row]:
         ]
         if fused is not None:
             rounded.append(entry("bitsandbytes nf4 bfloat16", fused, half, bench, True))
-        peak = Entry("multiply-add peak float32", lambda i: bench.ruler.multiply())
-        peak.operations = bench.ruler.multiply()
+        read, peak, half_peak = bench.read(nf4[1]), bench.peak("float32"), bench.peak("bfloat16")
+        rulers = [read, *(ruler for ruler in (peak, half_peak) if ruler is not None)]
         with torch.no_grad():
-            measure([*exact, *rounded, *([peak] if peak.operations else [])], bench.seconds)
-        table += rows(f"{m} rows", exact, "torch F.linear float32")
-        table += rows(f"{m} rows", rounded, "torch F.linear bfloat16")
-        if peak.operations:
-            table += rows(f"{m} rows", [peak])
+            measure([*exact, *rounded, *rulers], bench.seconds)
+        name = title.format(m)
+        table += rows(name, exact, "torch F.linear float32", of_peak=peak, of_read=read)
+        table += rows(name, rounded, "torch F.linear bfloat16", of_peak=half_peak, of_read=read)
+        table += rows(name, rulers)
     return table
+
+
+def cached(bench: Bench, bnb: Any) -> list[Row]:
+    """The same with one copy of each weight, which stays in the cache if it fits."""
+    cold, bench.cold_bytes = bench.cold_bytes, 0
+    try:
+        table = one_row(bench, bnb, "one row, cached")
+        return table + many_rows(bench, bnb, (1, 8, 64), "{} rows, cached")
+    finally:
+        bench.cold_bytes = cold
 
 
 def grad_input(bench: Bench, bnb: Any) -> list[Row]:
@@ -264,6 +293,7 @@ def grad_of(bench: Bench, dtype: torch.dtype, name: str) -> list[Row]:
     dense = bench.dense_weight(dtype)
     table: list[Row] = []
     for m in ROW_COUNTS:
+        peak = bench.peak(name)
         dy = torch.randn(m, bench.rows).to(dtype)
         work = bench.multiply_adds * m
         entries = [
@@ -271,8 +301,8 @@ def grad_of(bench: Bench, dtype: torch.dtype, name: str) -> list[Row]:
             Entry(f"torch matmul {name}", lambda i, dy=dy: dy @ dense(i), operations=work),
         ]
         with torch.no_grad():
-            measure(entries, bench.seconds / 2)
-        table += rows(f"grad of {m} rows", entries, f"torch matmul {name}")
+            measure([*entries, peak] if peak is not None else entries, bench.seconds / 2)
+        table += rows(f"grad of {m} rows", entries, f"torch matmul {name}", of_peak=peak)
     return table
 
 
@@ -303,11 +333,12 @@ def quantize_from(bench: Bench, bnb: Any, dtype: torch.dtype, name: str) -> list
     peer = {} if bnb is None else of("bitsandbytes", bnb.functional)
     table: list[Row] = []
     for what, entry in own.items():
-        entries = [entry, Entry("copy, as many bytes as 4-bit", lambda i: target.copy_(source), four_bytes)]
+        ruler = Entry("copy, as many bytes as 4-bit", lambda i: target.copy_(source), four_bytes)
+        entries = [entry, ruler]
         if what in peer:
             entries.append(peer[what])
         measure(entries, bench.seconds)
-        table += rows(f"{what} {name}", entries, peer[what].name if what in peer else None)
+        table += rows(f"{what} {name}", entries, peer[what].name if what in peer else None, of_copy=ruler)
     return table
 
 
@@ -333,9 +364,10 @@ def optimizers(bench: Bench, bnb: Any) -> list[Row]:
             stepping("bitsandbytes AdamW", lambda p: bnb.optim.AdamW(p, lr=1e-3), full),
         ]
     source, target = torch.empty(full // 8), torch.empty(full // 8)
-    entries.append(Entry("copy of as many bytes as AdamW moves", lambda i: target.copy_(source), full))
+    ruler = Entry("copy of as many bytes as AdamW moves", lambda i: target.copy_(source), full)
+    entries.append(ruler)
     measure(entries, bench.seconds * 2)
-    return rows(f"optimizer step, {n} float32", entries, "torch AdamW fused")
+    return rows(f"optimizer step, {n} float32", entries, "torch AdamW fused", of_copy=ruler)
 
 
 def int8(bench: Bench, bnb: Any) -> list[Row]:
@@ -346,6 +378,7 @@ def int8(bench: Bench, bnb: Any) -> list[Row]:
     take = bench.copies(codes.clone, codes.nbytes)
     table: list[Row] = []
     for m in (1, 8, 64, 512):
+        peak = bench.peak("int8")
         x = torch.randn(m, bench.depth)
         q = torch.randint(-127, 128, (m, bench.depth), dtype=torch.int8)
         operations = bench.multiply_adds * m
@@ -359,8 +392,8 @@ def int8(bench: Bench, bnb: Any) -> list[Row]:
         if other is not None:
             entries.append(entry("bitsandbytes int8 layer", other, x.half(), bench, True))
         with torch.no_grad():
-            measure(entries, bench.seconds)
-        table += rows(f"int8, {m} rows", entries, "torch _int_mm")
+            measure([*entries, peak] if peak is not None else entries, bench.seconds)
+        table += rows(f"int8, {m} rows", entries, "torch _int_mm", of_peak=peak)
     return table
 
 
@@ -404,6 +437,7 @@ def imports(bench: Bench, bnb: Any) -> list[Row]:
 CONTESTS: dict[str, Callable[[Bench, Any], list[Row]]] = {
     "one row": one_row,
     "rows": many_rows,
+    "cached": cached,
     "grad": grad_input,
     "quantize": quantize,
     "optimizers": optimizers,

@@ -59,6 +59,7 @@ READ(read_16, , uint64_t_16)
 #define AVX2   __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw")))
 #define VNNI   __attribute__((target("avx512f,avx512bw,avx512vnni")))
+#define BF16   __attribute__((target("avx512f,avx512bw,avx512bf16")))
 READ(read_32, AVX2, uint64_t_32)
 READ(read_64, AVX512, uint64_t_64)
 FMA(fma_8, AVX2, __m256, _mm256_set1_ps, _mm256_fmadd_ps)
@@ -75,6 +76,20 @@ VNNI static inline float dot_64(int64_t rounds)
 #pragma GCC unroll 12
     for (int i = 1; i < CHAINS; i++) sum[0] = _mm512_add_epi32(sum[0], sum[i]);
     return (float)_mm512_reduce_add_epi32(sum[0]);
+}
+
+BF16 static inline float dot_bf16(int64_t rounds)
+{
+    __m512 sum[CHAINS];
+    const __m512bh x = (__m512bh)_mm512_set1_epi16(0x3f00); // 0.5
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; i++) sum[i] = _mm512_set1_ps((float)i);
+    for (int64_t round = 0; round < rounds; round++)
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++) sum[i] = _mm512_dpbf16_ps(sum[i], x, x);
+#pragma GCC unroll 12
+    for (int i = 1; i < CHAINS; i++) sum[0] = _mm512_add_ps(sum[0], sum[i]);
+    return _mm512_reduce_add_ps(sum[0]);
 }
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -105,6 +120,27 @@ static fma_fn widest_fma(uint32_t flags, int64_t *operations)
 #endif
     (void)flags;
     return fma;
+}
+
+// The same for dot products of bfloat16 and of int8, NULL where the processor has none.
+static fma_fn bf16_dots(uint32_t flags, int64_t *operations)
+{
+#if defined(__x86_64__)
+    if (flags & HB_CPU_AVX512BF16) return *operations = 2 * 32 * CHAINS, dot_bf16;
+#endif
+    (void)flags;
+    (void)operations;
+    return NULL;
+}
+
+static fma_fn int8_dots(uint32_t flags, int64_t *operations)
+{
+#if defined(__x86_64__)
+    if (flags & HB_CPU_AVX512VNNI) return *operations = 2 * 64 * CHAINS, dot_64;
+#endif
+    (void)flags;
+    (void)operations;
+    return NULL;
 }
 
 #endif

@@ -9,7 +9,9 @@ the last-level cache, so they come from DRAM as a model's layers do. Times are 1
 calls taken in turns (contest.py). `ratio` is the reference's time over the entry's: beside "read" it is the
 share of raw read bandwidth, beside another library how many times as fast. A peer that is not installed
 is listed as absent; ggml.py says how to install ggml, llama.cpp's kernels. Contests, chosen by PART: one row,
-rows, grad, quantize, optimizers, int8, calls, import.
+rows, cached (weights that stay in the cache, where they fit), grad, quantize, optimizers, int8, calls, import.
+`of_read`, `of_peak` and `of_copy` are shares of rates measured in the same turns: reading, arithmetic of the kind
+that the entry uses, copying. Pictures of "one row" and "rows" are drawn beside the JSON file.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from typing import Any
 import halfbyte
 from halfbyte import _C
 
-from . import environment
+from . import chart, environment
 
 PACKAGES = ("halfbyte", "torch", "bitsandbytes", "llama-cpp-python", "numpy")
-PARTS = ("one row", "rows", "grad", "quantize", "optimizers", "int8", "calls", "import")
+PARTS = ("one row", "rows", "cached", "grad", "quantize", "optimizers", "int8", "calls", "import")
+SHARES = ("of_read", "of_peak", "of_copy")
 Row = dict[str, Any]
 
 
@@ -47,7 +50,9 @@ def versions() -> dict[str, str | None]:
 
 
 def run_in_process(threads: int, arguments: list[str]) -> list[Row]:
-    environ = os.environ | {"OMP_NUM_THREADS": str(threads), "HALFBYTE_NUM_THREADS": str(threads)}
+    names = ("OMP_NUM_THREADS", "HALFBYTE_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    # OpenBLAS, which NumPy has, spins 2^26 cycles after a call: it would meet the next in turn.
+    environ = os.environ | dict.fromkeys(names, str(threads)) | {"OPENBLAS_THREAD_TIMEOUT": "20"}
     with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
         command = [sys.executable, "-m", "benchmarks", "peers", *arguments, "--rows-to", file.name]
         done = subprocess.run(command, env=environ, cwd=environment.ROOT)
@@ -65,8 +70,9 @@ def print_table(table: list[Row]) -> None:
             print(f"\n{row['title']}, {row['threads']} threads, ratios to {row.get('reference', '-')}")
         rate = f"{row['gb_per_s']:8.1f} GB/s" if "gb_per_s" in row else " " * 13
         rate += f"{row['gflop_per_s']:9.0f} GFLOP/s" if "gflop_per_s" in row else " " * 17
-        ratio = f"{row['ratio']:9.2f}" if "ratio" in row else ""
-        print(f"  {row['name']:44}{row['p10_us']:12.1f} us {row['median_us']:12.1f}{rate}{ratio}")
+        ratio = f"{row['ratio']:9.2f}" if "ratio" in row else " " * 9
+        shares = "".join(f"  {key} {row[key]:.2f}" for key in SHARES if key in row)
+        print(f"  {row['name']:44}{row['p10_us']:12.1f} us {row['median_us']:12.1f}{rate}{ratio}{shares}")
 
 
 def main(arguments: list[str]) -> int:
@@ -106,8 +112,13 @@ def main(arguments: list[str]) -> int:
     print("  ".join(f"{name} {version or 'absent'}" for name, version in description["versions"].items()))
     table = [row for n in threads for row in run_in_process(n, arguments)]
     print_table(table)
-    path = environment.write_json(
-        options.json, "peers", {"environment": description, "absent": absent, "rows": table}
-    )
+    result = {"environment": description, "absent": absent, "rows": table}
+    path = environment.write_json(options.json, "peers", result)
     print(f"\nwritten: {path}")
+    for name, draw in (("one-row", chart.bars), ("rows", chart.many_rows)):
+        picture = path.with_name(f"{path.stem}-{name}.svg")
+        drawn = draw(result)
+        if drawn is not None:
+            picture.write_text(drawn)
+            print(f"written: {picture}")
     return 0

@@ -19,7 +19,7 @@ static hb_pool *pool; // of this library's only user, a benchmark's main thread
 
 EXPORT int ruler_open(int threads);
 EXPORT void ruler_read(const void *data, int64_t bytes);
-EXPORT int64_t ruler_multiply(int64_t calls);
+EXPORT int64_t ruler_multiply(int kind, int64_t calls);
 
 static void read_pieces(void *arg, int64_t begin, int64_t end, int lane)
 {
@@ -47,12 +47,17 @@ void ruler_read(const void *data, int64_t bytes)
     hb_parallel_for(pool, bytes / PIECE, read_pieces, &j);
 }
 
-// `calls` times some thousand float32 multiply-adds in registers; returns the operations, a
-// multiply-add counted as two, or 0 where no such loop was written.
-int64_t ruler_multiply(int64_t calls)
+// `calls` times some thousand multiply-adds in registers: of float32 (kind 0), bfloat16 (1), int8
+// (2), with the instructions that halfbyte uses. Returns the operations, a multiply-add counted as
+// two, or 0 where no such loop was written.
+int64_t ruler_multiply(int kind, int64_t calls)
 {
     int64_t operations = 0;
-    job j = {.fma = widest_fma(hb_cpu_detect(), &operations)};
+    int unknown;
+    const uint32_t flags = hb_cpu_flags(&unknown);
+    job j = {.fma = kind == 0   ? widest_fma(flags, &operations)
+                    : kind == 1 ? bf16_dots(flags, &operations)
+                                : int8_dots(flags, &operations)};
     if (j.fma == NULL) return 0;
     hb_parallel_for(pool, calls, multiply, &j);
     return operations * MULTIPLY_ROUNDS * calls;

@@ -28,6 +28,7 @@ FLAGS = (
     "-Icsrc",
     "-Ibenchmarks",
 )
+KINDS = ("float32", "bfloat16", "int8")
 
 
 def _library() -> Path:
@@ -53,7 +54,7 @@ class Ruler:
     def __init__(self, threads: int) -> None:
         self._library = ctypes.CDLL(str(_library()))
         self._library.ruler_read.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-        self._library.ruler_multiply.argtypes = (ctypes.c_int64,)
+        self._library.ruler_multiply.argtypes = (ctypes.c_int, ctypes.c_int64)
         self._library.ruler_multiply.restype = ctypes.c_int64
         if self._library.ruler_open(threads):
             raise MemoryError("ruler")
@@ -62,6 +63,6 @@ class Ruler:
         """Reads the bytes of a contiguous array once (but for a last partial 256 KiB)."""
         self._library.ruler_read(data.ctypes.data, data.nbytes)
 
-    def multiply(self, calls: int = 64) -> int:
-        """Float32 multiply-adds in registers; returns their number times two, 0 where there is no loop."""
-        return int(self._library.ruler_multiply(calls))
+    def multiply(self, kind: str = "float32", calls: int = 64) -> int:
+        """Multiply-adds of a kind of KINDS in registers; returns their number times two, 0 where there is no loop."""
+        return int(self._library.ruler_multiply(KINDS.index(kind), calls))

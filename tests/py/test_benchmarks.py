@@ -82,6 +82,31 @@ def test_peers(tmp_path):
                 r for r in result["rows"] if (r["title"], r["name"]) == (row["title"], row["reference"])
             )
             assert row["ratio"] == pytest.approx(base["p10_us"] / row["p10_us"], rel=0.01)
+        if "gb_per_s" in row and row["name"] != "read":
+            (read,) = (r for r in result["rows"] if r["name"] == "read")
+            assert row["of_read"] == pytest.approx(row["gb_per_s"] / read["gb_per_s"], rel=0.05, abs=2e-3)
+    (picture,) = tmp_path.glob("*.svg")
+    assert picture.name == "peers-one-row.svg" and str(picture) in done.stdout
+    ElementTree.fromstring(picture.read_text())
+
+
+@pytest.mark.no_asan
+def test_peers_in_the_cache_and_in_curves(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    pytest.importorskip("torch")
+    size = ("--size", "128", "--seconds", "0.01", "--threads", "2")
+    done, result = benchmark(tmp_path / "peers.json", "peers", "cached", *size)
+    assert done.returncode == 0, done.stderr
+    titles = {row["title"] for row in result["rows"]}
+    assert titles == {"one row, cached", "1 rows, cached", "8 rows, cached", "64 rows, cached"}
+    rows = [row for row in result["rows"] if row["title"] == "8 rows, cached"]
+    assert {"numpy matmul float32", "torch F.linear bfloat16"} <= {row["name"] for row in rows}
+    for row in rows:
+        assert row["name"].startswith(("multiply-add peak", "read")) or "of_peak" in row
+    renamed = [{**row, "title": row["title"].removesuffix(", cached")} for row in result["rows"]]
+    picture = importlib.import_module("benchmarks.chart").many_rows({**result, "rows": renamed})
+    assert "torch F.linear bfloat16" in picture
+    ElementTree.fromstring(picture)
 
 
 def test_ggml_multiplies(monkeypatch):
