@@ -29,34 +29,41 @@ COUNT_GROUP(empty_counts)
 
 // ---- products with 4-bit weights ----------------------------------------------------------------
 
-static hb_matrix4 some_matrix4(check *c, int64_t rows, int64_t depth, float *codebook)
+typedef struct {
+    _Alignas(64) float value[16];
+    hb_codebook_int rounded; // for the integer sets
+} codebooks;
+
+static hb_matrix4 some_matrix4(check *c, const hb_linear4_set *set, int64_t rows, int64_t depth,
+                               codebooks *books)
 {
     const int64_t numel = rows * depth;
     uint8_t *packed = check_buffer(c, (size_t)numel / 2, CHECK_BEGIN);
     float *absmax = check_buffer(c, (size_t)(numel / BLOCKSIZE) * 4, CHECK_BEGIN);
     check_fill_bytes(c, packed, (size_t)numel / 2);
     for (int64_t i = 0; i < numel / BLOCKSIZE; i++) absmax[i] = 1.0f;
-    memcpy(codebook, hb_codebook4_get(HB_NF4)->value, 64);
+    memcpy(books->value, hb_codebook4_get(HB_NF4)->value, sizeof books->value);
+    hb_codebook_round(books->value, set->element_bytes == 1 ? HB_INT8_LIMIT : HB_INT16_LIMIT,
+                      &books->rounded);
     return (hb_matrix4){.packed = packed,
                         .row_bytes = depth / 2,
                         .absmax = absmax,
                         .absmax_stride = depth / BLOCKSIZE,
                         .blocksize = BLOCKSIZE,
-                        .codebook = codebook};
+                        .codebook = books->value,
+                        .rounded = &books->rounded};
 }
 
 static void count_dot4(check *c, const hb_linear4_set *set, const char *type, int64_t rows,
                        int64_t depth, int most_x)
 {
-    _Alignas(64) float codebook[16];
-    const hb_matrix4 w = some_matrix4(c, rows, depth, codebook);
-    const int64_t padded = hb_ceil_div(depth, HB_LINEAR4_X_GROUP) * HB_LINEAR4_X_GROUP;
+    codebooks books;
+    const hb_matrix4 w = some_matrix4(c, set, rows, depth, &books);
+    const int64_t stride = hb_linear4_permuted_bytes(set, depth);
     float *x = check_buffer(c, (size_t)depth * 4, CHECK_BEGIN);
     check_fill_normal(c, x, depth, 1.0f);
-    char *permuted =
-        check_buffer(c, (size_t)(padded * set->element_bytes * set->dot_rows), CHECK_BEGIN);
-    for (int t = 0; t < set->dot_rows; t++)
-        set->permute_x(x, HB_F32, depth, permuted + t * padded * set->element_bytes);
+    char *permuted = check_buffer(c, (size_t)(stride * set->dot_rows), CHECK_BEGIN);
+    for (int t = 0; t < set->dot_rows; t++) set->permute_x(x, HB_F32, depth, permuted + t * stride);
     float *y = check_buffer(c, (size_t)(rows * set->dot_rows) * 4, CHECK_BEGIN);
     for (int n_x = 1; n_x <= most_x && n_x <= set->dot_rows; n_x *= 2)
         CHECK_COUNT(c,
@@ -71,11 +78,13 @@ static void count_panels4(check *c, const hb_linear4_set *set, const hb_linear4_
                           const char *type)
 {
     enum { STEPS = 128, ROWS = 64, DEPTH = 512 };
-    _Alignas(64) float codebook[16];
-    const hb_matrix4 w = some_matrix4(c, STEPS, DEPTH, codebook);
+    codebooks books;
+    const hb_matrix4 w = some_matrix4(c, set, STEPS, DEPTH, &books);
     const int64_t cols = set->tile_cols, rows = set->tile_rows;
-    void *panel = check_buffer(c, (size_t)(STEPS * cols * set->element_bytes), CHECK_BEGIN);
-    void *packed = check_buffer(c, (size_t)(STEPS * rows * set->element_bytes), CHECK_BEGIN);
+    const int64_t bytes = STEPS * set->element_bytes, groups = STEPS / 64;
+    void *panel =
+        check_buffer(c, (size_t)(cols * (bytes + groups * set->panel_extra)), CHECK_BEGIN);
+    void *packed = check_buffer(c, (size_t)(rows * (bytes + groups * set->x_extra)), CHECK_BEGIN);
     float *sums = check_buffer(c, (size_t)(rows * cols) * 4, CHECK_BEGIN);
     float *x = check_buffer(c, (size_t)(rows * STEPS) * 4, CHECK_BEGIN);
     check_fill_normal(c, x, rows * STEPS, 1.0f);
@@ -86,13 +95,15 @@ static void count_panels4(check *c, const hb_linear4_set *set, const hb_linear4_
     if (set->decode_rows != before->decode_rows)
         CHECK_COUNT(c, named("linear4 %s decode_rows", type), cols * STEPS, "weight")
     set->decode_rows(&w, cols, STEPS, panel);
-    if (set->decode_cols != before->decode_cols)
+    if (set->decode_cols != NULL && set->decode_cols != before->decode_cols)
         CHECK_COUNT(c, named("linear4 %s decode_cols", type), cols * STEPS, "weight")
     set->decode_cols(&w, STEPS, cols, panel);
-    set->decode_cols(&w, STEPS, cols, panel);
+    set->decode_rows(&w, cols, STEPS, panel);
+    if (set->begin != NULL) set->begin();
     if (set->tile != before->tile)
         CHECK_COUNT(c, named("linear4 %s tile", type), STEPS * rows * cols, "product")
     set->tile(packed, panel, STEPS, (int)rows, true, sums);
+    if (set->begin != NULL) set->end();
     check_release(c);
 }
 
@@ -103,7 +114,8 @@ static void count_set4(check *c, const hb_linear4_set *set, const hb_linear4_set
         enum { DEPTH = 1024 };
         float *x = check_buffer(c, DEPTH * 4, CHECK_BEGIN);
         check_fill_normal(c, x, DEPTH, 1.0f);
-        void *permuted = check_buffer(c, DEPTH * 4, CHECK_BEGIN);
+        void *permuted =
+            check_buffer(c, (size_t)hb_linear4_permuted_bytes(set, DEPTH), CHECK_BEGIN);
         CHECK_COUNT(c, named("linear4 %s permute_x", type), DEPTH, "element of x")
         set->permute_x(x, HB_F32, DEPTH, permuted);
         check_release(c);
@@ -112,7 +124,7 @@ static void count_set4(check *c, const hb_linear4_set *set, const hb_linear4_set
         count_dot4(c, set, type, 16, 512, 8);
         count_dot4(c, set, type, 4, 8192, 1); // deep: rows side by side
     }
-    count_panels4(c, set, before, type);
+    if (set->tile != NULL) count_panels4(c, set, before, type);
 }
 
 COUNT_GROUP(linear4_counts)
@@ -120,6 +132,8 @@ COUNT_GROUP(linear4_counts)
     const hb_kernels_linear4 *k = &c->kernels->linear4, *before = &c->previous->linear4;
     count_set4(c, &k->f32, &before->f32, "f32");
     count_set4(c, &k->bf16, &before->bf16, "bf16");
+    count_set4(c, &k->i16, &before->i16, "i16");
+    count_set4(c, &k->i8, &before->i8, "i8");
 }
 
 // ---- products with int8 weights -----------------------------------------------------------------
