@@ -2,16 +2,18 @@
 // 127.
 //
 // Three ways to multiply. "dot_int8": both sides int8, exact sums (LLM.int8() and the integer
-// product). "dot_f32", for a few rows of float32 x. Panels, for many rows: codes become float32 and
-// the tile of the float32 set of kernels_linear4.h multiplies them. linear_8bit.c chooses, splits
-// and stores.
+// product); "tile_int8" is the same for many rows of x, where an ISA has it. "dot_f32", for a few
+// rows of float32 x. Panels, for many rows: codes become float32 and the tile of the float32 set of
+// kernels_linear4.h multiplies them. linear_8bit.c chooses, splits and stores.
 //
 // Codes are any int8, -128 included. W is row-major and dense: row r begins w_stride bytes after
 // row r - 1; nothing is read outside the rows. Prepared x is 64-byte aligned; the rest has its
-// element's alignment. The functions prepare_int8 and dot_int8 of an ISA belong together.
+// element's alignment. The functions prepare_int8 and dot_int8 of an ISA belong together, and
+// prepare_tile and tile_int8.
 //
-// Accuracy: dot_int8 is exact, modulo 2^32 (depth <= HB_INT8_MAX_DEPTH never wraps). dot_f32, with
-// u = 2^-24: |err| <= (depth/8 + 16) u sum_k |w x|: at least 8 partial sums, folded pairwise.
+// Accuracy: dot_int8 and tile_int8 are exact, modulo 2^32 (depth <= HB_INT8_MAX_DEPTH never wraps).
+// dot_f32, with u = 2^-24: |err| <= (depth/8 + 16) u sum_k |w x|: at least 8 partial sums, folded
+// pairwise.
 #ifndef HB_CORE_KERNELS_LINEAR8_H
 #define HB_CORE_KERNELS_LINEAR8_H
 
@@ -30,6 +32,15 @@ typedef struct {
     // Row t of prepared x begins hb_int8_prepared_bytes() after row t - 1.
     void (*dot_int8)(const int8_t *w, int64_t w_stride, int64_t n_rows, int64_t depth,
                      const void *prepared, int n_x, int32_t *c, int64_t c_stride);
+    // tile_int8_rows rows of x are interleaved to a tile. All of this is 0 where there is no
+    // tile_int8; core takes it from tile_int8_from rows of x on.
+    int32_t tile_int8_rows, tile_int8_from;
+    // codes [depth] -> row `row` of a tile of hb_int8_tile_bytes(). The other rows are not touched:
+    // several threads may prepare rows of one tile.
+    void (*prepare_tile)(const int8_t *codes, int64_t depth, int row, void *tile);
+    // As dot_int8, n_x in 1..tile_int8_rows; the tile's rows from n_x on are not read.
+    void (*tile_int8)(const int8_t *w, int64_t w_stride, int64_t n_rows, int64_t depth,
+                      const void *tile, int n_x, int32_t *c, int64_t c_stride);
     // out[i] = ((float)c[i] * x_factor + extra[i]) * w_factor[i], i < n, each operation rounded;
     // extra NULL: nothing added.
     void (*rescale)(const int32_t *c, float x_factor, const float *extra, const float *w_factor,
@@ -54,11 +65,17 @@ static inline int64_t hb_int8_prepared_bytes(int64_t depth, int32_t element_byte
     return (depth + 63) / 64 * 64 * element_bytes + 64;
 }
 
+static inline int64_t hb_int8_tile_bytes(int64_t depth, int32_t rows)
+{
+    return (depth + 63) / 64 * 64 * rows;
+}
+
 // Each fills the members that its ISA does better. Called from that folder's table.c.
 void hb_linear8_table_ref(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx2(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx512(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx512vnni(hb_kernels_linear8 *kernels);
+void hb_linear8_table_amx(hb_kernels_linear8 *kernels);
 void hb_linear8_table_neon(hb_kernels_linear8 *kernels);
 
 #endif

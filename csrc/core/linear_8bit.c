@@ -45,8 +45,11 @@ typedef struct {
     int64_t x_begin, pass_rows; // rows of x in this pass (panels)
 
     // Scratch.
-    unsigned char *prepared; // rows of x (dot), or tiles (panels)
+    unsigned char *prepared; // rows of x (dot), or tiles (panels, int8 where `tiles`)
     int64_t prepared_stride;
+    bool tiles;        // int8: tile_int8 multiplies, not dot_int8
+    int64_t int8_rows; // rows of x that one call of it takes
+    int64_t group; // rows of x that share a unit of the grid: what tiles of outliers never straddle
     float *x_factor; // [x_rows]: scale / 127
     uint8_t *marks;  // [depth], outlier columns; one more per lane behind it
     int64_t *columns, n_columns;
@@ -162,6 +165,16 @@ static void find_outliers(product *p, int n_lanes, bool serial)
         if (p->marks[k]) p->columns[p->n_columns++] = k;
 }
 
+static void prepare_row(const product *p, int64_t m, const int8_t *codes)
+{
+    const hb_kernels_linear8 *k = &p->kernels->linear8;
+    if (p->tiles)
+        k->prepare_tile(codes, p->depth, (int)(m % p->int8_rows),
+                        p->prepared + m / p->int8_rows * p->prepared_stride);
+    else
+        k->prepare_int8(codes, p->depth, p->prepared + m * p->prepared_stride);
+}
+
 static void quantize_rows(void *arg, int64_t begin, int64_t end, int lane)
 {
     const product *p = arg;
@@ -170,8 +183,7 @@ static void quantize_rows(void *arg, int64_t begin, int64_t end, int lane)
     int8_t *codes = (int8_t *)(scratch + p->codes_at);
     for (int64_t m = begin; m < end; m++) {
         if (p->a != NULL) {
-            p->kernels->linear8.prepare_int8(p->a + m * p->depth, p->depth,
-                                             p->prepared + m * p->prepared_stride);
+            prepare_row(p, m, p->a + m * p->depth);
             continue;
         }
         const void *row = dense_row(p, m, scratch + p->row_at);
@@ -180,8 +192,14 @@ static void quantize_rows(void *arg, int64_t begin, int64_t end, int lane)
         float absmax = codec->absmax_int8[io](row, p->depth, p->threshold);
         codec->encode_int8[io](row, p->depth, absmax, p->threshold, zero, codes);
         p->x_factor[m] = absmax * HB_INT8_UNIT;
-        p->kernels->linear8.prepare_int8(codes, p->depth, p->prepared + m * p->prepared_stride);
+        prepare_row(p, m, codes);
     }
+}
+
+// Tiles of outliers in a group.
+static int64_t outlier_tiles(const product *p)
+{
+    return hb_ceil_div(p->group, p->kernels->linear4.f32.tile_rows);
 }
 
 // Outlier columns of tile t of x, as the float32 tile takes them. The columns are gathered into the
@@ -192,8 +210,10 @@ static void pack_outliers(void *arg, int64_t begin, int64_t end, int lane)
     const hb_linear4_set *set = &p->kernels->linear4.f32;
     float *gathered = (float *)(p->lanes + lane * p->lane_bytes + p->extra_at);
     for (int64_t t = begin; t < end; t++) {
-        const int64_t first = t * set->tile_rows;
-        const int n_x = (int)least(set->tile_rows, p->x_rows - first);
+        const int64_t in_group = t % outlier_tiles(p) * set->tile_rows;
+        const int64_t first = t / outlier_tiles(p) * p->group + in_group;
+        const int n_x = (int)least(set->tile_rows, least(p->group - in_group, p->x_rows - first));
+        if (n_x <= 0) continue;
         for (int i = 0; i < n_x; i++) {
             const int64_t row = hb_matrix_row_offset(&p->x, first + i);
             for (int64_t j = 0; j < p->n_columns; j++)
@@ -243,17 +263,16 @@ static void multiply_rows(const product *p, int64_t m, int n_x, int64_t out, int
 {
     const hb_kernels_linear8 *k = &p->kernels->linear8;
     int32_t *c = (int32_t *)(scratch + p->sums_at);
-    float *sums = (float *)(c + k->dot_int8_rows * BLOCK);
+    float *sums = (float *)(c + p->int8_rows * BLOCK);
     const int8_t *w = p->codes + out * p->depth;
-    for (int first = 0; first < n_x; first += k->dot_int8_rows) {
-        const int n = (int)least(k->dot_int8_rows, n_x - first);
-        const unsigned char *prepared = p->prepared + (m + first) * p->prepared_stride;
-        if (p->c != NULL) {
-            k->dot_int8(w, p->depth, n_out, p->depth, prepared, n,
-                        p->c + (m + first) * p->rows + out, p->rows);
-            continue;
-        }
-        k->dot_int8(w, p->depth, n_out, p->depth, prepared, n, c, BLOCK);
+    for (int first = 0; first < n_x; first += (int)p->int8_rows) {
+        const int n = (int)least(p->int8_rows, n_x - first);
+        const int64_t unit = p->tiles ? (m + first) / p->int8_rows : m + first;
+        int32_t *target = p->c != NULL ? p->c + (m + first) * p->rows + out : c;
+        (p->tiles ? k->tile_int8 : k->dot_int8)(w, p->depth, n_out, p->depth,
+                                                p->prepared + unit * p->prepared_stride, n, target,
+                                                p->c != NULL ? p->rows : BLOCK);
+        if (p->c != NULL) continue;
         for (int t = 0; t < n; t++) {
             k->rescale(c + t * BLOCK, p->x_factor[m + first + t],
                        extra != NULL ? extra + (first + t) * BLOCK : NULL, factors, n_out, sums);
@@ -268,7 +287,7 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
     unsigned char *scratch = p->lanes + lane * p->lane_bytes;
     const int64_t tile_rows = p->kernels->linear4.f32.tile_rows;
     float *extra = (float *)(scratch + p->extra_at);
-    float *tile_sums = extra + tile_rows * BLOCK;
+    float *tile_sums = extra + p->group * BLOCK;
     float *panels = tile_sums + tile_rows * BLOCK;
     for (int64_t chunk = begin; chunk < end; chunk++) {
         const int64_t out = chunk / p->x_chunks * BLOCK;
@@ -279,15 +298,18 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
         for (int64_t r = 0; r < n_out && p->c == NULL; r++)
             factors[r] = p->scale[out + r] * HB_INT8_UNIT;
         if (p->n_columns == 0) {
-            for (int64_t m = m_begin; m < m_end; m += p->kernels->linear8.dot_int8_rows)
-                multiply_rows(p, m, (int)least(p->kernels->linear8.dot_int8_rows, m_end - m), out,
-                              n_out, factors, NULL, scratch);
+            for (int64_t m = m_begin; m < m_end; m += p->int8_rows)
+                multiply_rows(p, m, (int)least(p->int8_rows, m_end - m), out, n_out, factors, NULL,
+                              scratch);
             continue;
         }
         decode_outliers(p, out, n_out, panels);
-        for (int64_t m = m_begin; m < m_end; m += tile_rows) { // x_per_chunk is a multiple
-            const int n_x = (int)least(tile_rows, m_end - m);
-            multiply_outliers(p, m / tile_rows, n_x, n_out, panels, tile_sums, extra);
+        for (int64_t m = m_begin; m < m_end; m += p->group) { // x_per_chunk is a multiple
+            const int n_x = (int)least(p->group, m_end - m);
+            for (int64_t i = 0; i < n_x; i += tile_rows)
+                multiply_outliers(p, m / p->group * outlier_tiles(p) + i / tile_rows,
+                                  (int)least(tile_rows, n_x - i), n_out, panels, tile_sums,
+                                  extra + i * BLOCK);
             multiply_rows(p, m, n_x, out, n_out, factors, extra, scratch);
         }
     }
@@ -302,11 +324,16 @@ static hb_status run_int8(product *p, const char *function, hb_error *error)
     const bool few = p->x_rows * p->depth < 1 << 16;
     const bool has_threshold = p->threshold == p->threshold;
     const int64_t stride = round_up(p->depth, 64);
-    p->prepared_stride = hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
-    plan_grid(p, has_threshold ? set->tile_rows : k->dot_int8_rows, INT64_MAX);
+    p->tiles = k->tile_int8 != NULL && p->x_rows >= k->tile_int8_from;
+    p->int8_rows = p->tiles ? k->tile_int8_rows : k->dot_int8_rows;
+    p->group = p->tiles || !has_threshold ? p->int8_rows : set->tile_rows;
+    p->prepared_stride = p->tiles ? hb_int8_tile_bytes(p->depth, k->tile_int8_rows)
+                                  : hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
+    plan_grid(p, p->group, INT64_MAX);
 
     arena a = {NULL, 0};
-    const int64_t prepared_at = reserve(&a, p->x_rows * p->prepared_stride);
+    const int64_t units = p->tiles ? hb_ceil_div(p->x_rows, p->int8_rows) : p->x_rows;
+    const int64_t prepared_at = reserve(&a, units * p->prepared_stride);
     const int64_t factor_at = reserve(&a, p->x_rows * 4);
     const int64_t marks_at = has_threshold ? reserve(&a, stride * (n_lanes + 1)) : 0;
     const int64_t columns_at = has_threshold ? reserve(&a, p->depth * 8) : 0;
@@ -314,7 +341,7 @@ static hb_status run_int8(product *p, const char *function, hb_error *error)
     p->row_at = 0;
     p->codes_at = p->c != NULL || p->x.col_stride == 1 ? 0 : round_up(p->depth * 4, 64);
     p->sums_at = p->codes_at + stride;
-    p->extra_at = p->sums_at + (k->dot_int8_rows + 1) * BLOCK * 4;
+    p->extra_at = p->sums_at + (p->int8_rows + 1) * BLOCK * 4;
     p->lane_bytes = p->extra_at;
     (void)reserve(&a, n_lanes * p->lane_bytes);
 
@@ -332,11 +359,11 @@ static hb_status run_int8(product *p, const char *function, hb_error *error)
 
     arena b = {NULL, 0};
     if (p->n_columns > 0) { // how much is known only now
-        const int64_t n_tiles = hb_ceil_div(p->x_rows, set->tile_rows);
+        const int64_t n_tiles = hb_ceil_div(p->x_rows, p->group) * outlier_tiles(p);
         p->outliers_stride = round_up(
             set->tile_rows * set->element_bytes * round_up(p->n_columns, set->x_block), 64);
         const int64_t gathered = set->tile_rows * p->n_columns;
-        const int64_t work = (2 * set->tile_rows + p->n_columns) * BLOCK;
+        const int64_t work = (p->group + set->tile_rows + p->n_columns) * BLOCK;
         p->lane_bytes = round_up(p->extra_at + 4 * (gathered > work ? gathered : work), 64);
         const int64_t outliers_at = reserve(&b, n_tiles * p->outliers_stride);
         const int64_t more_at = reserve(&b, n_lanes * p->lane_bytes);

@@ -19,7 +19,7 @@ def cases():
     groups = []
     for path in sorted(HERE.glob("test_*.c")):
         # What does not depend on the ISA is not repeated in the emulated programs.
-        home = "simde_x86" if path.name == "test_simde.c" else "native"
+        home = {"test_simde.c": "simde_x86", "test_tiles.c": "emulated_tiles"}.get(path.name, "native")
         for once, group in re.findall(r"^CHECK_GROUP(_ONCE)?\((\w+)\)", path.read_text(), re.MULTILINE):
             groups.append((group, home if once else None))
     for variant in build.VARIANTS:

@@ -58,6 +58,38 @@ static void check_dot_int8(check *c, int64_t depth, int64_t n_rows, int n_x)
     check_release(c);
 }
 
+// As check_dot_int8; rows of the tile behind n_x hold what was there before.
+static void check_tile_int8(check *c, int64_t depth, int64_t n_rows, int n_x)
+{
+    const hb_kernels_linear8 *k = &c->kernels->linear8;
+    const int64_t w_stride = depth + check_random_below(c, 3) * 7;
+    const int64_t c_stride = n_rows + check_random_below(c, 3);
+    check_label(c, "tile of %d x, depth %d, %d rows, stride %d", n_x, (int)depth, (int)n_rows,
+                (int)w_stride);
+    const int64_t w_bytes = n_rows > 0 ? (n_rows - 1) * w_stride + depth : 0;
+    const int64_t n_out = (n_x - 1) * c_stride + n_rows;
+    int8_t *w = check_buffer(c, (size_t)w_bytes, CHECK_END);
+    int8_t *x = check_buffer(c, (size_t)(depth * n_x), CHECK_END);
+    void *tile = check_buffer(c, (size_t)hb_int8_tile_bytes(depth, k->tile_int8_rows), CHECK_BEGIN);
+    int32_t *got = check_buffer(c, (size_t)n_out * sizeof *got, CHECK_END);
+    int32_t *want = malloc((size_t)(n_out + 1) * sizeof *want);
+    fill_codes(c, w, w_bytes);
+    fill_codes(c, x, depth * n_x);
+    memcpy(want, got, (size_t)n_out * sizeof *want);
+    for (int t = n_x - 1; t >= 0; t--) { // in any order
+        for (int64_t r = 0; r < n_rows; r++) {
+            int64_t sum = 0;
+            for (int64_t i = 0; i < depth; i++) sum += w[r * w_stride + i] * x[t * depth + i];
+            want[t * c_stride + r] = (int32_t)sum;
+        }
+        k->prepare_tile(x + t * depth, depth, t, tile);
+    }
+    k->tile_int8(w, w_stride, n_rows, depth, tile, n_x, got, c_stride);
+    check_equal(c, got, want, (size_t)n_out * sizeof *got, "tile_int8");
+    free(want);
+    check_release(c);
+}
+
 static void check_dot_f32(check *c, int64_t depth, int64_t n_rows, int n_x)
 {
     const hb_kernels_linear8 *k = &c->kernels->linear8;
@@ -162,6 +194,15 @@ static void bench_kernels(check *c)
     k->dot_int8(w, DEPTH, ROWS, DEPTH, prepared, 1, (int32_t *)y, ROWS);
     CHECK_BENCH(c, b, "int8 dot all x", 0, 2.0 * BYTES * n)
     k->dot_int8(w, DEPTH, ROWS, DEPTH, prepared, n, (int32_t *)y, ROWS);
+    if (CHECK_NEW(c, linear8.tile_int8)) {
+        void *tile = check_buffer(c, DEPTH * (size_t)k->tile_int8_rows, CHECK_BEGIN);
+        int32_t *sums = check_buffer(c, ROWS * 4 * (size_t)k->tile_int8_rows, CHECK_BEGIN);
+        for (int t = 0; t < k->tile_int8_rows; t++) k->prepare_tile(codes, DEPTH, t, tile);
+        CHECK_BENCH(c, b, "int8 prepare tile row", DEPTH * 2, 0)
+        k->prepare_tile(codes, DEPTH, 0, tile);
+        CHECK_BENCH(c, b, "int8 tile all x", 0, 2.0 * BYTES * k->tile_int8_rows)
+        k->tile_int8(w, DEPTH, ROWS, DEPTH, tile, k->tile_int8_rows, sums, ROWS);
+    }
     CHECK_BENCH(c, b, "int8 dot f32 1 x", BYTES, 2.0 * BYTES)
     k->dot_f32(w, DEPTH, ROWS, DEPTH, x, DEPTH, 1, y, ROWS);
     CHECK_BENCH(c, b, "int8 dot f32 all x", 0, 2.0 * BYTES * nf)
@@ -182,7 +223,7 @@ CHECK_GROUP(linear8_kernels)
     const int64_t rows[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 33, 64};
     const int n_depths = sizeof depths / sizeof *depths, n_rows = sizeof rows / sizeof *rows;
     if (c->bench) {
-        if (CHECK_NEW(c, linear8.dot_int8)) bench_kernels(c);
+        if (CHECK_NEW(c, linear8.dot_int8) || CHECK_NEW(c, linear8.tile_int8)) bench_kernels(c);
         return;
     }
     for (int d = 0; d < n_depths; d++) {
@@ -198,6 +239,13 @@ CHECK_GROUP(linear8_kernels)
         if (CHECK_NEW(c, linear8.rescale)) check_rescale(c, min_i64(depths[d], 64));
     }
     if (CHECK_NEW(c, linear8.dot_int8)) check_dot_int8(c, 20000, 3, 1);
+    if (!CHECK_NEW(c, linear8.tile_int8)) return;
+    for (int d = 0; d < n_depths; d++)
+        for (int r = 0; r < n_rows; r++)
+            for (int n_x = 1; n_x <= k->tile_int8_rows; n_x += c->emulated ? 5 : 1)
+                if (!c->emulated || (d + r) % 3 == 0) check_tile_int8(c, depths[d], rows[r], n_x);
+    check_tile_int8(c, 20000, 3, k->tile_int8_rows);
+    check_tile_int8(c, 100, 130, k->tile_int8_rows);
 }
 
 // ---- operations
@@ -263,7 +311,7 @@ static layer make_layer(check *c, hb_dtype dtype, bool backward)
 {
     const int64_t big = c->emulated ? 60 : 300;
     layer l = {.m = check_random_below(c, 4) == 0
-                        ? 1 + check_random_below(c, c->emulated ? 30 : 130)
+                        ? 1 + check_random_below(c, c->emulated ? 45 : 130)
                         : 1 + check_random_below(c, 12),
                .rows = 1 + check_random_below(c, big / 2),
                .depth = check_random_below(c, big + 150)};
@@ -378,16 +426,18 @@ static void check_dynamic(check *c, hb_dtype dtype, float threshold)
     CHECK(c, status == HB_OK, "status %d: %s", status, error.text);
     for (int64_t m = 0; m < l.m; m++)
         for (int64_t r = 0; r < l.rows; r++) {
-            double want = 0, outliers = 0, magnitude = 0;
+            double outliers = 0, magnitude = 0;
+            int64_t sum = 0; // exact: a bound relative to it holds where it is zero
             for (int64_t k = 0; k < l.depth; k++) {
                 const float value = l.x.values[m * l.depth + k];
-                want += weight(&l, r, k) * x_codes[m * l.depth + k] * (double)x_scale[m] / 127.0;
+                sum += l.codes[r * l.depth + k] * x_codes[m * l.depth + k];
                 // One row: only the elements; more: whole columns are taken out of the integer
                 // product.
                 if (!columns[k] || (l.m == 1 && !(fabsf(value) >= threshold))) continue;
                 outliers += weight(&l, r, k) * (double)value;
                 magnitude += fabs(weight(&l, r, k) * (double)value);
             }
+            double want = (double)sum * ((double)l.scale[r] / 127.0) * ((double)x_scale[m] / 127.0);
             // int32 to float, 1/127 twice, and five products and sums.
             double bound =
                 8 * U * (fabs(want) + magnitude) + sum_constant(c, l.depth) * U * magnitude;
@@ -443,6 +493,13 @@ CHECK_GROUP(linear8)
     if (!c->emulated) {
         check_matmul(c, 2, 3, HB_INT8_MAX_DEPTH);
         check_matmul(c, 70, 130, 257);
+    }
+    const int many = c->kernels->linear8.tile_int8_from;
+    if (many > 0) { // around the first row and the second tile
+        check_matmul(c, many - 1, 40, 130);
+        check_matmul(c, many, 40, 130);
+        check_matmul(c, many + 1, 40, 130);
+        check_matmul(c, 2 * many + 1, 5, 0);
     }
 }
 
