@@ -77,12 +77,11 @@ bool hb_openmp_find(hb_openmp *openmp)
     void *symbols[4];
     bool ok = true;
     for (int i = 0; i < 4 && ok; i++) {
-        // Among the libraries that torch was linked with. Its own references prefer the global
-        // ones (LD_PRELOAD): where the two differ we leave it.
-        symbols[i] = dlsym(library, names[i]);
-        void *global = dlsym(RTLD_DEFAULT, names[i]);
-        ok = symbols[i] != NULL && (global == NULL || global == symbols[i]) &&
-             same_object(symbols[i], symbols[0]);
+        // As torch's own references are bound: to what is global (LD_PRELOAD) before what it was
+        // linked with. All from one runtime.
+        symbols[i] = dlsym(RTLD_DEFAULT, names[i]);
+        if (symbols[i] == NULL) symbols[i] = dlsym(library, names[i]);
+        ok = symbols[i] != NULL && same_object(symbols[i], symbols[0]);
     }
     if (!ok) {
         dlclose(library);
@@ -93,6 +92,7 @@ bool hb_openmp_find(hb_openmp *openmp)
     memcpy(&openmp->thread_num, &symbols[1], sizeof symbols[1]);
     memcpy(&openmp->max_threads, &symbols[2], sizeof symbols[2]);
     memcpy(&openmp->in_parallel, &symbols[3], sizeof symbols[3]);
+    openmp->always = wish != NULL && strcmp(wish, "always") == 0;
     return true;
 }
 

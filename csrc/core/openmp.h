@@ -16,6 +16,7 @@ typedef struct {
     int (*thread_num)(void);  // in fn: 0 for the caller
     int (*max_threads)(void); // that a loop of this thread would get
     int (*in_parallel)(void);
+    bool always; // HALFBYTE_OPENMP=always: however long the waits at its barrier are
 } hb_openmp;
 
 // A number that changes when a library is loaded; looking for torch again is in vain before.

@@ -17,8 +17,12 @@ typedef struct hb_pool hb_pool;
 hb_pool *hb_pool_create(int threads);
 void hb_pool_destroy(hb_pool *pool);
 int hb_pool_threads(const hb_pool *pool);
-// How many loops ran on the threads of torch's OpenMP runtime so far.
-uint64_t hb_pool_borrowed(const hb_pool *pool);
+// Loops so far: on the threads of torch's OpenMP runtime; with a wait for a thread that had no
+// processor; with fewer threads because of such waits (crowd.h).
+typedef struct {
+    uint64_t borrowed, late, crowded;
+} hb_pool_counts;
+hb_pool_counts hb_pool_count(const hb_pool *pool);
 // Changes the number of threads used by calls that start later.
 void hb_pool_set_threads(hb_pool *pool, int threads);
 

@@ -15,22 +15,26 @@
 PyDoc_STRVAR(cpu_info_doc,
              "cpu_info($module, /)\n--\n\n"
              "{\"detected\": str, \"used\": str, \"amx\": str, \"threads\": int, "
-             "\"loops_on_torch_threads\": int}. detected: the best instruction set that is used "
-             "unless HALFBYTE_CPU names another. amx: \"no\" (none here), \"off\" (used where "
-             "HALFBYTE_CPU is \"amx\" and the system grants it) or \"used\". The last counts the "
-             "parallel loops that torch's OpenMP threads have run for us.");
+             "\"loops_on_torch_threads\": int, \"loops_late\": int, \"loops_crowded\": int}. "
+             "detected: the best instruction set that is used unless HALFBYTE_CPU names another. "
+             "amx: \"no\" (none here), \"off\" (used where HALFBYTE_CPU is \"amx\" and the system "
+             "grants it) or \"used\". Parallel loops so far: those that torch's OpenMP threads ran "
+             "for us, those that waited for a thread without a processor, those with fewer threads "
+             "because of such waits.");
 
 static PyObject *cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     const hb_context *context = &hb_state_of_module(module)->context;
+    const hb_pool_counts counts = hb_pool_count(context->pool);
     const uint32_t detected = hb_cpu_detect();
     const char *amx = "no";
     if (detected & HB_CPU_AMX) amx = context->cpu_flags & HB_CPU_AMX ? "used" : "off";
-    return Py_BuildValue("{s:s, s:s, s:s, s:i, s:K}", "detected",
-                         hb_cpu_name(detected & ~(uint32_t)HB_CPU_AMX), "used",
-                         hb_cpu_name(context->cpu_flags), "amx", amx, "threads",
-                         hb_pool_threads(context->pool), "loops_on_torch_threads",
-                         (unsigned long long)hb_pool_borrowed(context->pool));
+    return Py_BuildValue(
+        "{s:s, s:s, s:s, s:i, s:K, s:K, s:K}", "detected",
+        hb_cpu_name(detected & ~(uint32_t)HB_CPU_AMX), "used", hb_cpu_name(context->cpu_flags),
+        "amx", amx, "threads", hb_pool_threads(context->pool), "loops_on_torch_threads",
+        (unsigned long long)counts.borrowed, "loops_late", (unsigned long long)counts.late,
+        "loops_crowded", (unsigned long long)counts.crowded);
 }
 
 PyDoc_STRVAR(set_num_threads_doc, "set_num_threads($module, n, /)\n--\n\n"

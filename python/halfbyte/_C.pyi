@@ -430,10 +430,11 @@ def map8(name: str, /) -> _Array:
     "normal"."""
 
 def cpu_info() -> dict[str, Any]:
-    """{"detected": str, "used": str, "amx": str, "threads": int, "loops_on_torch_threads": int}. detected: the best
-    instruction set that is used unless HALFBYTE_CPU names another. amx: "no" (none here), "off" (used where
-    HALFBYTE_CPU is "amx" and the system grants it) or "used". The last counts the parallel loops that torch's
-    OpenMP threads have run for us."""
+    """{"detected": str, "used": str, "amx": str, "threads": int, "loops_on_torch_threads": int, "loops_late": int,
+    "loops_crowded": int}. detected: the best instruction set that is used unless HALFBYTE_CPU names another. amx:
+    "no" (none here), "off" (used where HALFBYTE_CPU is "amx" and the system grants it) or "used". Parallel loops so
+    far: those that torch's OpenMP threads ran for us, those that waited for a thread without a processor, those with
+    fewer threads because of such waits."""
 
 def cuda_info() -> dict[str, Any]:
     """{"available": bool, "reason": str | None, "driver": str | None, "runtime": str | None, "devices":
