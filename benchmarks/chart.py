@@ -19,6 +19,7 @@ COLORS = {
     "torch": "#e8710a",
     "bitsandbytes": "#b5651d",
     "ggml": "#188038",
+    "llama.cpp": "#188038",
 }
 
 

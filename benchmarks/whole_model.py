@@ -17,6 +17,7 @@ peak      resident memory as the system counts it, file pages included; `own`: w
 cosine    of the angle between the logits after 32 tokens and those of the dense float32 model: that everyone
           computes this model, and how well. Quantizing random weights costs more than quantizing trained ones
 
+"head too" is the one contestant that also quantizes the head, which transformers leaves dense unless told otherwise.
 llama.cpp comes with llama-cpp-python (ggml.py says how to install it; its file is written by the package `gguf`), and
 runs its own loop in C. It multiplies activations rounded to 8 bits; all others keep 16 or 32.
 """
@@ -59,7 +60,7 @@ CONTESTANTS: dict[str, tuple[list[str], list[str]]] = {
     "halfbyte nf4 float32 in a bfloat16 model": (
         DROP_IN, ["--kind", "nf4", "--dtype", "bfloat16", "--compute", "float32"],
     ),
-    "halfbyte HalfbyteConfig bfloat16": (PLAIN, ["--kind", "config", *BF16]),
+    "halfbyte nf4 bfloat16, head too": (DROP_IN, ["--kind", "nf4", "--head", *BF16]),
     "llama.cpp Q4_0": (PLAIN, ["--kind", "llama.cpp"]),
 }  # fmt: skip
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: a code, and a float32 scale for 64
@@ -154,7 +155,7 @@ def read_rate(threads: int) -> float:
 def floor(name: str, shape: Shape, rate: float) -> dict[str, float]:
     """What a token must read of weights, in bytes, and the seconds that takes at `rate` GB/s."""
     width = {"dense bfloat16": 2.0, "dense float32": 4.0}.get(name, NF4_BYTES)
-    head = 4 if name.endswith(" float32") else 2
+    head = NF4_BYTES if name.endswith("head too") else 4 if name.endswith(" float32") else 2
     layers, rest = shape.linear_weights * width, shape.head_weights * head
     return {
         "layer_bytes": layers,

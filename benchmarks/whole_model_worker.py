@@ -56,8 +56,10 @@ class Torch:
         self.arguments: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
         compute = getattr(torch, args.compute)
         if args.kind == "nf4":
+            # A list of modules to skip, though none has the name, replaces the one with the head in it.
+            skip = {"llm_int8_skip_modules": ["nothing"]} if args.head else {}
             self.arguments["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, **skip
             )
             import bitsandbytes  # noqa: F401
         elif args.kind == "config":
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("dense", "nf4", "config", "llama.cpp"), required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compute", default="bfloat16")
+    parser.add_argument("--head", action="store_true", help="quantize the head too")
     args = parser.parse_args()
     began = time.perf_counter()
     contestant = LlamaCpp(args) if args.kind == "llama.cpp" else Torch(args)
