@@ -6,7 +6,8 @@
 
 The model is a Llama of 1.2B random parameters in bfloat16 shards (whole_model_files.py), batch 1. Each contestant is a
 process of its own (whole_model_worker.py) that loads the model and then waits; with all of them alive, rounds go by in
-which each one in turn reads a prompt of 256 tokens and decodes. Where all do not fit in memory, choose with --only.
+which each one in turn reads a prompt of 256 tokens and decodes. So that they fit in 16 GB, models in float32 form a
+second heat. --only chooses.
 
 load      seconds of from_pretrained, shards in the page cache: read, convert, quantize; best of --loads
 ready     load and the first token of a prompt of 16, best of --loads. Dense bfloat16 weights that need no conversion
@@ -60,7 +61,7 @@ CONTESTANTS: dict[str, tuple[list[str], list[str]]] = {
     "halfbyte nf4 float32 in a bfloat16 model": (
         DROP_IN, ["--kind", "nf4", "--dtype", "bfloat16", "--compute", "float32"],
     ),
-    "halfbyte nf4 bfloat16, head too": (DROP_IN, ["--kind", "nf4", "--head", *BF16]),
+    "halfbyte nf4, head too, bfloat16": (DROP_IN, ["--kind", "nf4", "--head", *BF16]),
     "llama.cpp Q4_0": (PLAIN, ["--kind", "llama.cpp"]),
 }  # fmt: skip
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: a code, and a float32 scale for 64
@@ -155,7 +156,7 @@ def read_rate(threads: int) -> float:
 def floor(name: str, shape: Shape, rate: float) -> dict[str, float]:
     """What a token must read of weights, in bytes, and the seconds that takes at `rate` GB/s."""
     width = {"dense bfloat16": 2.0, "dense float32": 4.0}.get(name, NF4_BYTES)
-    head = NF4_BYTES if name.endswith("head too") else 4 if name.endswith(" float32") else 2
+    head = NF4_BYTES if "head too" in name else 4 if name.endswith(" float32") else 2
     layers, rest = shape.linear_weights * width, shape.head_weights * head
     return {
         "layer_bytes": layers,
@@ -178,22 +179,21 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(names: list[str], shape: Shape, options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
-    """Loads one after the other, then takes turns. The results, in the order of `names`."""
+def run(names: list[str], options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+    """One heat: loads one after the other, then takes turns. The results, in the order of `names`."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         everyone: list[Contestant] = []
-        logits: dict[str, np.ndarray] = {}
         for name in names:
             one = Contestant(name, model, Path(scratch, "log"))
             stack.callback(one.close)
             everyone.append(one)
             one.load(options.loads)
-            path = Path(scratch, "logits")
-            one.ask("logits", COSINE_TOKENS, str(path))
-            logits[name] = np.fromfile(path, np.float32).astype(np.float64)
             one.ask("generate", DECODE_PROMPT, 3, 60.0)  # warms up
             loads, ready = (", ".join(f"{s:.2f}" for s in one.result[key]) for key in ("load", "ready"))
             print(f"{name}: load {loads} s, ready {ready} s", file=sys.stderr, flush=True)
+            path = Path(scratch, "logits")
+            one.ask("logits", COSINE_TOKENS, str(path))
+            one.result["logits"] = np.fromfile(path, np.float32).astype(np.float64)
         for turn in range(options.rounds):
             for one in everyone if turn % 2 == 0 else everyone[::-1]:
                 one.result["prefill"].append(one.ask("prefill", options.prompt)["seconds"])
@@ -206,27 +206,34 @@ def run(names: list[str], shape: Shape, options: argparse.Namespace, model: Path
                     file=sys.stderr,
                     flush=True,
                 )
-        reference = logits.get("dense float32")
         for one in everyone:
             one.result |= summary(one.result) | one.ask("memory")
-            mine = logits[one.name]
-            if reference is not None:
-                lengths = np.linalg.norm(mine) * np.linalg.norm(reference)
-                one.result["cosine"] = float(mine @ reference / lengths)
         return [one.result for one in everyone]
 
 
+def add_cosines(results: list[dict[str, Any]]) -> None:
+    """Takes the logits out of the results; beside those of the dense float32 model, if it took part, their cosine."""
+    logits = {result["name"]: result.pop("logits") for result in results}
+    reference = logits.get("dense float32")
+    for result in results if reference is not None else ():
+        mine = logits[result["name"]]
+        result["cosine"] = float(mine @ reference / (np.linalg.norm(mine) * np.linalg.norm(reference)))
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    width = max(len(r["name"]) for r in results)
-    head = f"{'':{width}}  load s ready s  tok/s  of floor  prefill s  peak GB  own GB  cosine"
-    lines = [head, "-" * len(head)]
+    """Markdown, as it stands in docs/performance.md."""
+    lines = [
+        "| | load, s | to the first token, s | tok/s | of the floor | prompt of 256, s | peak GB | own GB | cosine |",
+        "|---|" + "---:|" * 8,
+    ]
     for r in results:
-        share = r["floor_seconds"] / r["token_seconds"]
-        cosine = f"{r['cosine']:8.4f}" if "cosine" in r else ""
-        lines.append(
-            f"{r['name']:{width}}{r['load_seconds']:8.2f}{r['ready_seconds']:8.2f}{r['tokens_per_second']:7.2f}{share:10.2f}"
-            f"{r['prefill_seconds']:11.2f}{r['peak_bytes'] / 1e9:9.2f}{r['own_bytes'] / 1e9:8.2f}{cosine}"
-        )
+        cells = (
+            f"{r['load_seconds']:.2f}", f"{r['ready_seconds']:.2f}", f"{r['tokens_per_second']:.1f}",
+            f"{r['floor_seconds'] / r['token_seconds']:.2f}", f"{r['prefill_seconds']:.2f}",
+            f"{r['peak_bytes'] / 1e9:.1f}", f"{r['own_bytes'] / 1e9:.1f}",
+            f"{r['cosine']:.3f}" if "cosine" in r else "",
+        )  # fmt: skip
+        lines.append(f"| {r['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -250,9 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (default 256)")
     parser.add_argument("--shape", type=json.loads, default={}, metavar="JSON", help='e.g. {"layers": 2}')
-    parser.add_argument(
-        "--json", type=Path, help="default: build/benchmarks/whole_model.json; the picture beside it"
-    )
+    parser.add_argument("--json", type=Path, help="default: build/benchmarks/whole_model.json")
+    parser.add_argument("--svg", type=Path, help="default: beside the JSON")
     options = parser.parse_args(arguments)
     shape, missing = Shape(**options.shape), absent()
     names = [name for name in chosen(options.only) if name not in missing]
@@ -277,15 +283,18 @@ def main(arguments: list[str] | None = None) -> int:
         if any(name.startswith("llama.cpp") for name in names):
             make_gguf(model, shape)
         before = read_rate(options.threads)
-        results = run(names, shape, options, model)
+        heats = [[name for name in names if name.endswith(" float32") == last] for last in (False, True)]
+        results = [result for heat in heats for result in run(heat, options, model)]
+    add_cosines(results)
     rate = max(before, read_rate(options.threads))
     for result in results:
         result |= floor(result["name"], shape, rate)
     print(f"read {rate:.1f} GB/s; {shape.parameters / 1e9:.2f}B parameters\n{table(results)}")
     content = {"environment": description, "absent": missing, "read_gb_per_s": rate, "results": results}
     path = environment.write_json(options.json, "whole_model", content)
-    path.with_suffix(".svg").write_text(whole_model_chart.draw(content))
-    print(f"written: {path} and .svg")
+    picture = options.svg or path.with_suffix(".svg")
+    picture.write_text(whole_model_chart.draw(content))
+    print(f"written: {path} and {picture}")
     return 0
 
 
