@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -41,6 +42,14 @@ def test_text(capsys):
     assert main(["bench", "--rows", "1", "--size", "64", "--seconds", "0.01"]) == 0
     text = capsys.readouterr().out
     assert "64 x 64 weights" in text and "of dense" in text and "halfbyte nf4, bfloat16" in text
+
+
+def test_picture(capsys, tmp_path):
+    target = tmp_path / "bench.svg"
+    small = ["bench", "--rows", "1", "4", "--size", "64", "--seconds", "0.01"]
+    assert main([*small, "--svg", str(target)]) == 0
+    texts = [e.text for e in ElementTree.fromstring(target.read_text()).iter() if e.text and e.text.strip()]
+    assert {"1 rows of x", "4 rows of x", "halfbyte nf4, float32"} <= set(texts)
 
 
 def test_without_torch(monkeypatch):

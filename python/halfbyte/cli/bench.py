@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from halfbyte.cli.arguments import add_json, positive
 
@@ -13,7 +14,7 @@ is faster than dense. (bitsandbytes' float32 layer computes in bfloat16 on proce
 
 examples:
   halfbyte bench                                   a minute: 1, 8 and 64 rows
-  halfbyte bench --rows 1 512 --depth 14336 --json
+  halfbyte bench --rows 1 512 --depth 14336 --json --svg bench.svg
 """
 
 
@@ -29,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=3.0, metavar="S", help="for each number of rows; default: 3"
     )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the result into FILE as well")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from halfbyte import _C
-    from halfbyte.bench import bench, text_of
+    from halfbyte.bench import bench, svg_of, text_of
     from halfbyte.cli.main import print_json
 
     if args.threads:
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             torch.set_num_threads(args.threads)
     report = bench(args.rows, args.size, args.depth or args.size, args.seconds)
+    if args.svg:
+        args.svg.write_text(svg_of(report))
     if args.json:
         print_json({"schema": "halfbyte.bench/1", **report})
     else:
