@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,13 +12,6 @@ import numpy as np
 
 from .environment import ROOT
 
-SOURCES = (
-    "benchmarks/ruler.c",
-    "csrc/core/parallel.c",
-    "csrc/core/openmp.c",
-    "csrc/core/thread_count.c",
-    "csrc/core/cpu.c",
-)
 FLAGS = (
     "-std=c11",
     "-O3",
@@ -31,16 +25,36 @@ FLAGS = (
 KINDS = ("float32", "bfloat16", "int8")
 
 
+def sources() -> list[Path]:
+    """ruler.c and what it needs: headers, a header's own C file where there is one, and what they need."""
+    found = [ROOT / "benchmarks" / "ruler.c", ROOT / "benchmarks" / "machine_loops.h"]
+    for path in found:  # grows while it is walked
+        for name in re.findall(r'^#include "(core/\w+)\.h"', path.read_text(), re.MULTILINE):
+            own = [ROOT / "csrc" / f"{name}.{kind}" for kind in ("h", "c")]
+            found += [p for p in own if p.exists() and p not in found]
+    return found
+
+
 def _library() -> Path:
     target = ROOT / "build" / "benchmarks" / "ruler.so"
-    needed = [ROOT / source for source in SOURCES] + [ROOT / "benchmarks" / "machine_loops.h", Path(__file__)]
+    needed = [*sources(), Path(__file__)]
     if target.exists() and all(path.stat().st_mtime <= target.stat().st_mtime for path in needed):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}.so")
     compiler = os.environ.get("CC", "cc").split()
     done = subprocess.run(
-        [*compiler, *FLAGS, *SOURCES, "-pthread", "-o", str(fresh)], cwd=ROOT, capture_output=True, text=True
+        [
+            *compiler,
+            *FLAGS,
+            *(str(path) for path in sources() if path.suffix == ".c"),
+            "-pthread",
+            "-o",
+            str(fresh),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(f"benchmarks: cannot compile the ruler\n{done.stderr}")
