@@ -23,9 +23,10 @@
 //   from
 //           zero, then one addition per panel, one to spare
 // The bfloat16 set adds, per product, the roundings of x and of the weight (2^-8 each at most; a
-// set on hardware dot products may also flush subnormals). Infinities and NaN in x, or in the
-// absmax of a nonzero weight, make y non-finite. Panels, tiles and packed x are 64-byte aligned;
-// everything else has its element's alignment.
+// set on hardware dot products may also flush subnormals; on tile registers panels have
+// c = depth/32 + 18). Infinities and NaN in x, or in the absmax of a nonzero weight, make y
+// non-finite. Panels, tiles and packed x are 64-byte aligned; everything else has its element's
+// alignment.
 //
 // The integer sets (opt-in) quantize x and the codebook; limit L = 16383 (int16) or 127 (int8):
 //   x step  s = max(amax / L, 2^-112) for every 64 columns of a row of x, amax the largest
@@ -106,8 +107,8 @@ typedef struct {
     // begin() and end(), on one thread, which does nothing else of the set meanwhile.
     void (*tile)(const void *packed, const void *panel, int64_t steps, int n_x, bool accumulate,
                  float *sums);
-    void (*begin)(
-        void); // NULL, both of them, where tiles leave no state behind; the float32 set: always
+    // Both are NULL where tiles leave no state behind, and in the float32 set.
+    void (*begin)(void);
     void (*end)(void);
 } hb_linear4_set;
 

@@ -230,3 +230,19 @@ def test_unknown_cpu_name_warns():
     code = "from halfbyte import _C; print(_C.cpu_info()['used'])"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout == "ref\n" and done.stderr == ""
+
+
+def test_amx_has_to_be_asked_for():
+    """Where there are tile registers, only HALFBYTE_CPU=amx uses them; without them it changes nothing."""
+    code = "from halfbyte import _C; i = _C.cpu_info(); print(i['detected'], i['used'], i['amx'])"
+    env = {**os.environ, "HALFBYTE_CPU": "", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    told = {}
+    for wish in ("", "amx"):
+        env["HALFBYTE_CPU"] = wish
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.stderr == ""
+        told[wish] = done.stdout.split()
+    detected, used, amx = told[""]
+    assert used == detected != "amx" and amx in ("no", "off")
+    assert told["amx"] in ([detected, used, amx], [detected, "amx", "used"])
+    assert amx == "off" or told["amx"][2] == "no"
