@@ -409,6 +409,7 @@ static void dot_chunks(void *arg, int64_t begin, int64_t end, int lane)
 
 static hb_status run_dot(product *p, const char *function, hb_error *error)
 {
+    p->n_lanes = lanes_of(p);
     p->prepared_stride = round_up(p->depth * 4, 64);
     p->x_chunks = 1;
     arena a = {NULL, 0};
@@ -423,7 +424,7 @@ static hb_status run_dot(product *p, const char *function, hb_error *error)
         for (int64_t i = 0; i < p->depth; i++)
             row[i] = hb_load_f32(p->x.view->data, offset + i * p->x.col_stride, p->x.view->dtype);
     }
-    run(p, is_small(p), hb_ceil_div(p->outputs, BLOCK), dot_chunks);
+    run(p, p->n_lanes == 1, hb_ceil_div(p->outputs, BLOCK), dot_chunks);
     free(a.memory);
     return HB_OK;
 }
