@@ -36,6 +36,27 @@ static inline unsigned hb_ladder8_guess(float a)
     return (high > HB_LADDER_FLOOR ? high - HB_LADDER_FLOOR : 0) * HB_LADDER_RATE >> 16;
 }
 
+// A shorter way still, where registers are wide: each decade of magnitudes is brought to [1, 2),
+// where its 2^r codes are the first r bits behind the binary point. With a as above, but at least
+// HB_DECADE_FLOOR, and e = #{k < 8: a > border k} (0: code `zero`, 1..7: a decade each, 8: the last
+// code),
+//
+//   place = (bits of a + offset[exponent of a % 32]) >> 27            = e + 24 (unsigned: e + 25)
+//   w = min(slope[place % 16] * a + HB_DECADE_BASE, HB_DECADE_CAP),   place = r + 25
+//   t = the 24 low bits of w, rotated left by `place`
+//   byte 2 of t = code - zero (unsigned: + 1, modulo 256)
+//
+// unless the low word of t is below HB_DECADE_NEAR: only a search decides.
+typedef struct {
+    bool fits;
+    uint32_t offset[32];
+    float slope[16];
+} hb_decades8;
+#define HB_DECADE_FLOOR 1e-7f
+#define HB_DECADE_CAP   0x1.ff8p0f // in the last step of every decade, but not near its end
+#define HB_DECADE_BASE  (0x1.c71c72p-1f + 0x1p-20f) // 8/9, and 8 units in the last place of w
+enum { HB_DECADE_NEAR = 16 };
+
 // What an 8-bit encoder needs of a map: the code of v is #{i < 255: v > threshold[i]}, ascending.
 // [255] is +inf, so that 16 lanes can be filled. `tree` holds the same thresholds as a search tree:
 // from node k (root 1; [0] is unused) v > tree[k] leads to 2k + 1, otherwise to 2k; code = leaf -
@@ -44,7 +65,14 @@ typedef struct {
     float threshold[256];
     float tree[256];
     hb_ladder8 ladder;
+    hb_decades8 decades;
 } hb_search8;
+static inline uint8_t hb_search8_code(const hb_search8 *search, float v)
+{
+    unsigned node = 1;
+    while (node < 256) node = 2 * node + (v > search->tree[node]);
+    return (uint8_t)node;
+}
 // map: 256 finite ascending values.
 void hb_search8_init(hb_search8 *search, const float *map);
 

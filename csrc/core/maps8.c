@@ -189,6 +189,92 @@ static void fit_ladder(hb_search8 *search, const float *map)
     ladder->fits = fits;
 }
 
+// The line of entry e, which begins above `low` with code `first` and has 2^r codes: through (t,
+// 1 + k / 2^r) for its k-th threshold t, as well as may be.
+static float decade_slope(const hb_search8 *search, float low, int first, int r)
+{
+    const double base = 8.0 / 9.0;
+    double least = (double)HB_INFINITY, most = 0.0;
+    for (int k = 1; k < 1 << r && first + k < 255 - search->ladder.zero; k++) {
+        const double t = magnitude_threshold(search, search->ladder.zero, first + k);
+        const double slope = (1.0 + (double)k / (1 << r) - base) / t;
+        least = slope < least ? slope : least;
+        most = slope > most ? slope : most;
+    }
+    if (most > 0.0) return (float)((least + most) / 2.0);
+    return (float)((1.0 + 0.25 / (1 << r) - base) / (double)low);
+}
+
+// The offset for magnitudes from 2^(exponent - 127) to the next power of two, of which one border
+// at most parts `place` and the next; false when there are more.
+static bool find_offset(const float border[8], int first, unsigned exponent, uint32_t *offset)
+{
+    const uint32_t start = exponent << 23, last = start | 0x7fffff;
+    unsigned below = 0, inside = 0;
+    for (int k = 0; k < 8; k++) {
+        const uint32_t bits = hb_f32_bits(border[k]);
+        below += bits < start;
+        inside += bits >= start && bits < last;
+    }
+    const uint32_t place = (uint32_t)first + below;
+    *offset = inside == 0 ? (place << 27) + (1u << 26) - start
+                          : ((place + 1) << 27) - hb_f32_bits(border[below]) - 1;
+    return inside <= 1;
+}
+
+// Whether w at a threshold is within 4 units in the last place of `want` plus those of
+// HB_DECADE_BASE.
+static bool decade_meets(float slope, float threshold, double want)
+{
+    const double w = (double)slope * (double)threshold + (double)HB_DECADE_BASE;
+    return w - want <= 0x1p-23 * 12 && w - want >= 0x1p-23 * 4;
+}
+
+// Sets the decades and proves them for this map, which has a ladder, or leaves fits = false.
+//
+// Why the code is exact then: w is monotone in a. At threshold number k it is within 4 units in the
+// last place (and a rounding) of 1 + k / 2^r plus the 8 of HB_DECADE_BASE; and t's low word, whose
+// units are at least as large, is below 16 from -8 to at least +8 of them. So an a whose w lies on
+// the wrong side of 1 + k / 2^r + 8 units is left to the search. Borders are compared exactly.
+static void fit_decades(hb_search8 *search)
+{
+    const hb_ladder8 *ladder = &search->ladder;
+    hb_decades8 *decades = &search->decades;
+    *decades = (hb_decades8){0};
+    if (!ladder->fits) return;
+    const int zero = ladder->zero, first_place = ladder->is_signed ? 24 : 25;
+    float border[8] = {magnitude_threshold(search, zero, 1)};
+    memcpy(border + 1, ladder->border, 7 * sizeof *border);
+    bool fits = HB_DECADE_FLOOR < border[0] && HB_DECADE_FLOOR >= 0x1p-31f &&
+                (!ladder->is_signed || mirrored_threshold(search, zero, 1) == border[0]);
+    for (unsigned x = 96; x < 128; x++)
+        fits = find_offset(border, first_place, x, &decades->offset[x % 32]) && fits;
+    for (int e = 0; e < 9; e++) {
+        const int r = first_place + e - 25;
+        const int first = ladder->is_signed ? 1 << e >> 1 : (1 << e) - 1;
+        float slope = 0.0f; // entry 0: signed any w; unsigned w in [1, 2)
+        if (e > 0)
+            slope = decade_slope(search, border[e - 1], first, r);
+        else if (!ladder->is_signed)
+            slope = 0.5f / border[0];
+        decades->slope[(first_place + e) % 16] = slope;
+        if (r < 0) continue;
+        const double low = e > 0 ? (double)border[e - 1] : (double)HB_DECADE_FLOOR;
+        fits = fits && (double)slope * low + (double)HB_DECADE_BASE >= 1.0;
+        if (e == 0 || e == 8) // a single code, without a cap
+            fits = fits && (double)slope * (e == 0 ? (double)border[0] : 1.0) <
+                               1.0 + 0.875 / (1 << r) - (double)HB_DECADE_BASE;
+        for (int k = 1; e < 8 && k < 1 << r; k++) {
+            const double want = 1.0 + (double)k / (1 << r);
+            fits = fits && decade_meets(slope, magnitude_threshold(search, zero, first + k), want);
+            if (ladder->is_signed)
+                fits =
+                    fits && decade_meets(slope, mirrored_threshold(search, zero, first + k), want);
+        }
+    }
+    decades->fits = fits;
+}
+
 void hb_search8_init(hb_search8 *search, const float *map)
 {
     // Between entries i and i + 1 lies m, their midpoint in float32 arithmetic as bitsandbytes'
@@ -214,4 +300,5 @@ void hb_search8_init(hb_search8 *search, const float *map)
         for (int k = 0; k < 1 << level; k++)
             search->tree[(1 << level) + k] = search->threshold[(2 * k + 1) * (128 >> level) - 1];
     fit_ladder(search, map);
+    fit_decades(search);
 }

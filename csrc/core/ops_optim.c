@@ -179,6 +179,7 @@ static hb_adam8_fn *fused_adam(const step_job *job, const hb_optim_tensor *t)
     const hb_ladder8 *ladder1 = &job->search1.ladder, *ladder2 = &job->search2.ladder;
     if (job->optimizer != HB_ADAM || !t->state_is_8bit || job->skip_zeros) return NULL;
     if (t->p_dtype != t->g_dtype || !ladder1->fits || !ladder2->fits) return NULL;
+    if (!job->search1.decades.fits || !job->search2.decades.fits) return NULL;
     if (!ladder1->is_signed || ladder2->is_signed) return NULL;
     return job->kernels->optim.adam8[t->p_dtype];
 }

@@ -60,8 +60,10 @@ CHECK_GROUP_ONCE(codec8_maps)
         for (int i = 1; i < 256; i++)
             CHECK(c, search.threshold[i - 1] <= search.threshold[i], "%s: threshold %d",
                   names[which], i);
-        CHECK(c, search.ladder.fits == (which <= HB_MAP_DYNAMIC_UNSIGNED), "%s: ladder %d",
-              names[which], search.ladder.fits);
+        CHECK(c,
+              search.ladder.fits == (which <= HB_MAP_DYNAMIC_UNSIGNED) &&
+                  search.decades.fits == search.ladder.fits,
+              "%s: ladder %d", names[which], search.ladder.fits);
         // The tree holds each threshold once.
         for (int leaf = 256; leaf < 512; leaf++)
             for (int node = leaf; node > 1; node /= 2) {
@@ -204,7 +206,7 @@ CHECK_GROUP(codec8_near_maps)
                 map[i] = moved;
         }
         hb_search8_init(&search, map);
-        fitting += search.ladder.fits;
+        fitting += search.ladder.fits && search.decades.fits;
         int64_t n = 0;
         for (int t = 0; t < 255; t++)
             for (int ulp = -4; ulp <= 4; ulp++)

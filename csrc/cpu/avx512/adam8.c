@@ -1,7 +1,5 @@
 // A step of Adam on 8-bit blocks with AVX-512 F/BW/DQ/VL: a gather per sixteen codes.
-#include "cpu/simd.h"
-
-#include <stdint.h>
+#include "cpu/avx512/words8.h"
 
 typedef const float *decoder;
 

@@ -5,36 +5,56 @@
 // 255 thresholds stay in sixteen registers, so that a step is a register permutation (two and
 // blends on the last levels) and a comparison. Decode: a gather per sixteen elements. Accuracy:
 // bit-equal to the reference.
+#include "cpu/avx512/words8.h"
+
 #include "cpu/avx512/ladder8.h"
 
-static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *search,
-                                int64_t blocksize, const float *absmax, uint8_t *codes, hb_dtype io)
+// Seldom: the lanes that arithmetic cannot decide, of up to 64 values.
+static __attribute__((noinline)) void search_lanes(const hb_search8 *search, const __m512 v[4],
+                                                   const __mmask16 lanes[4], uint8_t *codes)
 {
-    const ladder l = load_ladder(&search->ladder);
+    const tree t = load_tree(search);
+    for (int g = 0; g < 4; g++)
+        if (lanes[g] != 0)
+            _mm512_mask_cvtepi32_storeu_epi8(codes + 16 * g, lanes[g], code_of(&t, v[g]));
+}
+
+static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *search,
+                                int64_t blocksize, const float *absmax, uint8_t *codes, hb_dtype io,
+                                bool is_signed)
+{
+    ladder l = load_ladder(search);
+    l.is_signed = is_signed; // known to the compiler
     for (int64_t i = 0; i < n; absmax++) {
         const __m512 inverse = _mm512_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;
-        for (; i + 64 <= end; i += 64) {
+        for (; i < end; i += 64) {
+            const bool whole = i + 64 <= end;
             __m512 v[4];
-            __m512i steps[4];
-            __mmask16 near[4], negative[4];
+            __m512i t[4];
+            __mmask16 lanes[4], negative[4];
             for (int g = 0; g < 4; g++) {
-                v[g] = _mm512_mul_ps(load_f32x16(x, i + 16 * g, io), inverse);
-                steps[g] = climb(&l, v[g], false, &near[g]);
+                lanes[g] = whole ? 0xffff : end - i > 16 * g ? first_lanes(end - i - 16 * g) : 0;
+                __m512 value = whole ? load_f32x16(x, i + 16 * g, io)
+                                     : load_lanes_f32x16(x, i + 16 * g, lanes[g], io);
+                v[g] = _mm512_mul_ps(value, inverse);
+                __m512i bits = _mm512_castps_si512(magnitude(&l, v[g]));
+                bits = _mm512_min_epi32(bits, _mm512_castps_si512(_mm512_set1_ps(1.0f)));
+                t[g] = climb(&l, _mm512_castsi512_ps(bits));
                 negative[g] = sign_bits(v[g]);
             }
-            _mm512_storeu_si512(codes + i, sixty_four_codes(&l, negative, steps));
-            if (__builtin_expect(near[0] | near[1] | near[2] | near[3], 0))
-                for (int g = 0; g < 4; g++)
-                    if (near[g] != 0)
-                        _mm_storeu_si128((void *)(codes + i + 16 * g), search_codes(search, v[g]));
-        }
-        for (; i < end; i += 16) {
-            __mmask16 lanes = first_lanes(end - i), near;
-            __m512 v = _mm512_mul_ps(load_lanes_f32x16(x, i, lanes, io), inverse);
-            __m128i code = sixteen_codes(&l, sign_bits(v), climb(&l, v, false, &near));
-            if ((near & lanes) != 0) code = search_codes(search, v);
-            _mm_mask_storeu_epi8(codes + i, lanes, code);
+            __m512i code = sixty_four_codes(&l, negative, t);
+            if (whole)
+                _mm512_storeu_si512(codes + i, code);
+            else
+                _mm512_mask_storeu_epi8(codes + i, ((__mmask64)1 << (end - i)) - 1, code);
+            const __mmask16 nan = _mm512_cmp_ps_mask(v[0], v[1], _CMP_UNORD_Q) |
+                                  _mm512_cmp_ps_mask(v[2], v[3], _CMP_UNORD_Q);
+            const __mmask16 near = near_a_threshold(t) | nan;
+            if (__builtin_expect(near != 0, 0)) {
+                for (int g = 0; g < 4; g++) lanes[g] &= near;
+                search_lanes(search, v, lanes, codes + i);
+            }
         }
         i = end;
     }
@@ -89,8 +109,10 @@ static inline void decode_blocks(const uint8_t *codes, int64_t n, const float *m
     void hb_map8_encode_##io##_avx512(const void *x, int64_t n, const hb_search8 *search,          \
                                       int64_t blocksize, const float *absmax, uint8_t *codes)      \
     {                                                                                              \
-        if (search->ladder.fits)                                                                   \
-            climb_blocks(x, n, search, blocksize, absmax, codes, dtype);                           \
+        if (search->decades.fits && search->ladder.is_signed)                                      \
+            climb_blocks(x, n, search, blocksize, absmax, codes, dtype, true);                     \
+        else if (search->decades.fits)                                                             \
+            climb_blocks(x, n, search, blocksize, absmax, codes, dtype, false);                    \
         else                                                                                       \
             search_blocks(x, n, search, blocksize, absmax, codes, dtype);                          \
     }                                                                                              \

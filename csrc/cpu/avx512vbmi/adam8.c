@@ -1,5 +1,6 @@
 // A step of Adam on 8-bit blocks with AVX-512 VBMI: codes are looked up in planes of bytes.
 #include "cpu/avx512vbmi/planes8.h"
+#include "cpu/avx512vbmi/words8.h"
 
 typedef planes decoder;
 
