@@ -95,7 +95,8 @@ def sources(pattern):
 def library(name, pattern, flags=()):
     # setuptools compiles each library with its own "cflags"; obj_deps rebuilds when a header changes.
     files = sources(pattern)
-    headers = sources("csrc/core/*") + sources("csrc/cpu/*.h") + sources(str(Path(pattern).parent / "*.h"))
+    # All of csrc/cpu: avx512vbmi includes headers of avx512.
+    headers = sources("csrc/core/*") + sources("csrc/cpu/*.h") + sources("csrc/cpu/*/*.h")
     return (name, {"sources": files, "cflags": COMMON + [*flags], "obj_deps": {"": headers}})
 
 

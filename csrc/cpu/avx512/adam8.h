@@ -20,7 +20,7 @@
 
 #include <math.h>
 
-enum { BLOCK = 256, GROUP = 4 /* blocks */ };
+enum { BLOCK = 256, GROUP = 2 /* blocks */ };
 
 // The states of a group after the step, and where the first is negative.
 typedef struct {
@@ -44,6 +44,15 @@ static inline step_f32x16 broadcast_scalars(const hb_optim_scalars *s)
                          .size = _mm512_set1_ps(s->step_size * s->scale),
                          .inv_corr2 = _mm512_set1_ps(s->inv_corr2),
                          .eps = _mm512_set1_ps(s->eps)};
+}
+
+// Fetches elements [first, first + 64) of x. The prefetchers of the processor stop at the end of a
+// page, which four streams reach every thousand elements.
+static inline void prefetch_elements(const void *x, int64_t first, int64_t bytes)
+{
+    const uintptr_t at = (uintptr_t)x + (uintptr_t)(first * bytes);
+    for (int64_t b = 0; b < 64 * bytes; b += 64)
+        _mm_prefetch((const void *)(at + (uintptr_t)b), _MM_HINT_T0);
 }
 
 // What arithmetic cannot decide, one element at a time.
@@ -109,11 +118,12 @@ static __attribute__((noinline)) void plain_block(void *p, const void *g, int64_
     search_block(new_v, *absmax2, states->search2, false, codes2);
 }
 
-// Decodes a block, number `k` of the group, and averages it with the gradient. Its new scales.
-static inline void average_block(const void *g, int64_t block, const hb_states8 *states,
-                                 const decoder *decoder1, const decoder *decoder2,
-                                 const step_f32x16 *s, bool scaled, hb_dtype io, group *to, int k,
-                                 float *absmax1, float *absmax2)
+// Decodes a block, number `k` of the group, and averages it with the gradient. Its new scales. (p
+// is only fetched.)
+static inline void average_block(const void *p, const void *g, int64_t block,
+                                 const hb_states8 *states, const decoder *decoder1,
+                                 const decoder *decoder2, const step_f32x16 *s, bool scaled,
+                                 hb_dtype io, group *to, int k, float *absmax1, float *absmax2)
 {
     const uint8_t *codes1 = states->codes1 + block * BLOCK;
     const uint8_t *codes2 = states->codes2 + block * BLOCK;
@@ -121,6 +131,7 @@ static inline void average_block(const void *g, int64_t block, const hb_states8 
     const __m512 scale2 = _mm512_set1_ps(states->absmax2[block]);
     __m512i max1 = _mm512_setzero_si512(), max2 = max1;
     for (int i = 0; i < BLOCK; i += 64) {
+        prefetch_elements(p, block * BLOCK + i, (int64_t)hb_dtype_bytes(io));
         __m512 first[4], second[4];
         decode(decoder1, codes1 + i, first);
         decode(decoder2, codes2 + i, second);
@@ -146,7 +157,7 @@ static inline void average_block(const void *g, int64_t block, const hb_states8 
 }
 
 // Moves the parameters of a block, number `k` of the group, and encodes its states.
-static inline void move_block(void *p, int64_t block, const hb_states8 *states,
+static inline void move_block(void *p, const void *g, int64_t block, const hb_states8 *states,
                               const ladder *ladder1, const ladder *ladder2, const step_f32x16 *s,
                               hb_dtype io, const group *from, int k)
 {
@@ -156,6 +167,10 @@ static inline void move_block(void *p, int64_t block, const hb_states8 *states,
     const float inverse1 = hb_inverse_scale(absmax1), inverse2 = hb_inverse_scale(absmax2);
     const __m512 inverse_m = _mm512_set1_ps(inverse1), inverse_v = _mm512_set1_ps(inverse2);
     for (int i = 0; i < BLOCK; i += 64) {
+        const int64_t ahead = (block + GROUP) * BLOCK + i;
+        prefetch_elements(g, ahead, (int64_t)hb_dtype_bytes(io));
+        prefetch_elements(states->codes1, ahead, 1);
+        prefetch_elements(states->codes2, ahead, 1);
         __m512i t1[4], t2[4];
         for (int l = 0; l < 4; l++) {
             const int64_t at = block * BLOCK + i + 16 * l;
@@ -203,8 +218,8 @@ static inline void adam8(void *p, const void *g, int64_t blocks, const hb_states
         for (int k = 0; k < count; k++) {
             const int64_t block = first + k;
             float absmax1, absmax2;
-            average_block(g, block, states, &decoder1, &decoder2, &s, scaled, io, &new, k, &absmax1,
-                          &absmax2);
+            average_block(p, g, block, states, &decoder1, &decoder2, &s, scaled, io, &new, k,
+                          &absmax1, &absmax2);
             done[k] = !(absmax2 < HB_INFINITY);
             if (__builtin_expect(done[k], 0)) {
                 plain_block(p, g, block, states, scalars, io);
@@ -214,7 +229,7 @@ static inline void adam8(void *p, const void *g, int64_t blocks, const hb_states
             }
         }
         for (int k = 0; k < count; k++)
-            if (!done[k]) move_block(p, first + k, states, &ladder1, &ladder2, &s, io, &new, k);
+            if (!done[k]) move_block(p, g, first + k, states, &ladder1, &ladder2, &s, io, &new, k);
     }
 }
 
