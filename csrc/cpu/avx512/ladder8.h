@@ -104,7 +104,8 @@ static inline __m512 magnitude(const ladder *l, __m512 v)
 static inline __mmask16 near_a_threshold(const __m512i t[4])
 {
     __m512i least = _mm512_min_epu16(_mm512_min_epu16(t[0], t[1]), _mm512_min_epu16(t[2], t[3]));
-    return _mm512_testn_epi32_mask(least, _mm512_set1_epi32(0x10000 - HB_DECADE_NEAR));
+    least = _mm512_and_si512(least, _mm512_set1_epi32(0x10000 - HB_DECADE_NEAR));
+    return _mm512_cmpeq_epi32_mask(least, _mm512_setzero_si512());
 }
 
 static inline __mmask64 join_masks(const __mmask16 part[4])
