@@ -46,7 +46,8 @@ AVX512 = AVX2 + [
 VNNI = AVX512 + ["-mavx512vnni"]
 VBMI = VNNI + ["-mavx512vbmi", "-mavx512vbmi2"]
 BF16 = VBMI + ["-mavx512bf16"]
-X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512vnni": VNNI, "avx512vbmi": VBMI, "avx512bf16": BF16,
+X86_FLAGS = {"avx2": AVX2, "avxvnni": AVX2 + ["-mavxvnni"], "avx512": AVX512,
+             "avx512vnni": VNNI, "avx512vbmi": VBMI, "avx512bf16": BF16,
              "amx": BF16 + ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]}  # fmt: skip
 ARM_FLAGS = {"neon": []}
 FLAGS_OF_MACHINE = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
@@ -63,9 +64,13 @@ def compiles(flags, code):
         return False
 
 
-if "amx" in ISA_FLAGS and not compiles(ISA_FLAGS["amx"], '__asm__("tdpbf16ps %tmm2, %tmm1, %tmm0");'):
-    del ISA_FLAGS["amx"]  # tools from before 2021
-    COMMON.append("-DHB_WITHOUT_AMX")
+for isa, code in {
+    "amx": "tdpbf16ps %tmm2, %tmm1, %tmm0",
+    "avxvnni": "{vex} vpdpbusd %ymm2, %ymm1, %ymm0",
+}.items():
+    if isa in ISA_FLAGS and not compiles(ISA_FLAGS[isa], f'__asm__("{code}");'):
+        del ISA_FLAGS[isa]  # tools from before 2021
+        COMMON.append(f"-DHB_WITHOUT_{isa.upper()}")
 
 
 CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]

@@ -208,6 +208,8 @@ def one_row(bench: Bench, bnb: Any, title: str = "one row") -> list[Row]:
         bench.read(nf4[1]),
         entry("halfbyte nf4 float32", nf4, x, bench),
         entry("halfbyte nf4 bfloat16", bench.halfbyte_4bit(compute="bfloat16"), half, bench),
+        entry("halfbyte nf4 int16", bench.halfbyte_4bit(compute="int16"), x, bench),
+        entry("halfbyte nf4 int8", bench.halfbyte_4bit(compute="int8"), x, bench),
         entry("halfbyte nf4 float32, nested scales", bench.halfbyte_4bit(nested=True), x, bench),
         entry("halfbyte fp4 float32", bench.halfbyte_4bit("fp4"), x, bench),
         entry("halfbyte int8 dynamic", bench.halfbyte_int8("dynamic"), x, bench),
@@ -240,6 +242,7 @@ def many_rows(
     bench: Bench, bnb: Any, counts: Iterable[int] = ROW_COUNTS, title: str = "{} rows"
 ) -> list[Row]:
     nf4, nf4_bf16 = bench.halfbyte_4bit(), bench.halfbyte_4bit(compute="bfloat16")
+    nf4_int16, nf4_int8 = bench.halfbyte_4bit(compute="int16"), bench.halfbyte_4bit(compute="int8")
     dense, dense_bf16, int4pack = bench.dense(F32), bench.dense(BF16), bench.int4pack()
     fused = None if bnb is None else bench.bitsandbytes_4bit(bnb, BF16)
     numpy_dense = bench.numpy_dense()
@@ -250,6 +253,8 @@ def many_rows(
         half = x.to(BF16)
         exact = [
             entry("halfbyte nf4 float32", nf4, x, bench, True),
+            entry("halfbyte nf4 int16", nf4_int16, x, bench, True),
+            entry("halfbyte nf4 int8", nf4_int8, x, bench, True),
             entry("torch F.linear float32", dense, x, bench, True),
             entry("numpy matmul float32", numpy_dense, x, bench, True),
         ]

@@ -36,6 +36,7 @@ static const struct {
 } ladder[] = {
     {"ref", 0, 0},
     {"avx2", HB_CPU_AVX2, HB_CPU_AVX2},
+    {"avxvnni", HB_CPU_AVXVNNI, HB_CPU_AVX2 | HB_CPU_AVXVNNI},
     {"avx512", HB_CPU_AVX512, ALL_AVX512},
     {"avx512vnni", HB_CPU_AVX512VNNI, ALL_VNNI},
     {"avx512vbmi", HB_CPU_AVX512VBMI, ALL_VBMI},
@@ -70,17 +71,18 @@ uint32_t hb_cpu_flags_x86(const hb_cpu_x86 *cpu)
     enum { F = 1u << 16, DQ = 1u << 17, CD = 1u << 28, BW = 1u << 30 }; // leaf 7, ebx
     const uint32_t VL = 1u << 31;                                       // leaf 7, ebx
     enum { VBMI = 1u << 1, VBMI2 = 1u << 6, VNNI = 1u << 11 };          // leaf 7, ecx
-    enum { BF16 = 1u << 5 };                                            // leaf 7.1, eax
+    enum { AVXVNNI = 1u << 4, BF16 = 1u << 5 };                         // leaf 7.1, eax
     enum { YMM_STATE = 0x06, ZMM_STATE = 0xe6 };                        // XCR0
 
     if (!has(cpu->leaf1_ecx, AVX | FMA | F16C) || !has(cpu->xcr0, YMM_STATE)) return 0;
     if (!has(cpu->leaf7_ebx, AVX2 | BMI1 | BMI2)) return 0;
-    if (!has(cpu->xcr0, ZMM_STATE) || !has(cpu->leaf7_ebx, F | DQ | CD | BW | VL))
-        return HB_CPU_AVX2;
-    if (!has(cpu->leaf7_ecx, VNNI)) return ALL_AVX512;
-    if (!has(cpu->leaf7_ecx, VBMI | VBMI2)) return ALL_VNNI;
-    if (!has(cpu->leaf71_eax, BF16)) return ALL_VBMI;
-    return has_tiles(cpu) ? ALL_AMX : ALL_BF16;
+    const uint32_t base =
+        has(cpu->leaf71_eax, AVXVNNI) ? HB_CPU_AVXVNNI | HB_CPU_AVX2 : HB_CPU_AVX2;
+    if (!has(cpu->xcr0, ZMM_STATE) || !has(cpu->leaf7_ebx, F | DQ | CD | BW | VL)) return base;
+    if (!has(cpu->leaf7_ecx, VNNI)) return base | ALL_AVX512;
+    if (!has(cpu->leaf7_ecx, VBMI | VBMI2)) return base | ALL_VNNI;
+    if (!has(cpu->leaf71_eax, BF16)) return base | ALL_VBMI;
+    return base | (has_tiles(cpu) ? ALL_AMX : ALL_BF16);
 }
 
 #if defined(__x86_64__) || defined(__i386__)

@@ -13,7 +13,8 @@ enum {
     HB_CPU_AVX512VBMI = 1u << 3, // F..VL and VBMI, VBMI2 (VNNI implied: Ice Lake, Zen 4)
     HB_CPU_AVX512BF16 = 1u << 4, // the above and BF16
     HB_CPU_AMX = 1u << 5,        // the above and AMX-TILE, AMX-BF16, AMX-INT8
-    HB_CPU_NEON = 1u << 6        // AArch64 Advanced SIMD
+    HB_CPU_NEON = 1u << 6,       // AArch64 Advanced SIMD
+    HB_CPU_AVXVNNI = 1u << 7     // AVX2 and AVX-VNNI; AVX-512 overwrites what it brings
 };
 
 // What CPUID and XGETBV say on x86; registers of leaves that there are not, and XCR0 without
@@ -33,10 +34,10 @@ uint32_t hb_cpu_detect(void);
 // when it does not: not Linux, older than 5.16, forbidden by a filter, or a thread's alternate
 // signal stack is too small for frames with tiles in them. After true such stacks are refused.
 bool hb_cpu_request_tiles(void);
-// Detected flags limited by the environment variable HALFBYTE_CPU ("ref", "avx2", "avx512",
-// "avx512vnni", "avx512vbmi", "avx512bf16", "amx", "neon"); *unknown gets true for a name not in
-// the list. HB_CPU_AMX only when it is named (no machine that has it has run these kernels yet) and
-// the system grants it.
+// Detected flags limited by the environment variable HALFBYTE_CPU ("ref", "avx2", "avxvnni",
+// "avx512", "avx512vnni", "avx512vbmi", "avx512bf16", "amx", "neon"); *unknown gets true for a name
+// not in the list. HB_CPU_AMX only when it is named (no machine that has it has run these kernels
+// yet) and the system grants it.
 uint32_t hb_cpu_flags(int *unknown);
 // "avx2" for HB_CPU_AVX2, ...; the name of the highest flag set; "ref" for 0.
 const char *hb_cpu_name(uint32_t flags);

@@ -1,6 +1,6 @@
 // The ladder: reference first, then each better ISA overwrites. Folders that this architecture
 // cannot compile are left out; tests/c sets HB_WITH_* itself where it emulates them, setup.py
-// HB_WITHOUT_AMX where the tools do not know its instructions.
+// HB_WITHOUT_AMX, _AVXVNNI where the tools do not know the instructions.
 #include "core/cpu.h"
 #include "core/kernels.h"
 
@@ -27,6 +27,9 @@ void hb_kernels_init(hb_kernels *kernels, uint32_t cpu_flags)
 #endif
 #if HB_WITH_X86
     if (cpu_flags & HB_CPU_AVX2) hb_table_avx2(kernels);
+#if !defined(HB_WITHOUT_AVXVNNI)
+    if (cpu_flags & HB_CPU_AVXVNNI) hb_table_avxvnni(kernels);
+#endif
     if (cpu_flags & HB_CPU_AVX512) hb_table_avx512(kernels);
     if (cpu_flags & HB_CPU_AVX512VNNI) hb_table_avx512vnni(kernels);
     if (cpu_flags & HB_CPU_AVX512VBMI) hb_table_avx512vbmi(kernels);

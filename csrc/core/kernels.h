@@ -22,6 +22,7 @@ void hb_kernels_init(hb_kernels *kernels, uint32_t cpu_flags);
 // One per ISA folder, in table.c.
 void hb_table_ref(hb_kernels *kernels);
 void hb_table_avx2(hb_kernels *kernels);
+void hb_table_avxvnni(hb_kernels *kernels);
 void hb_table_avx512(hb_kernels *kernels);
 void hb_table_avx512vnni(hb_kernels *kernels);
 void hb_table_avx512vbmi(hb_kernels *kernels);

@@ -138,5 +138,7 @@ void hb_linear4_table_amx(hb_kernels_linear4 *kernels);
 void hb_linear4_table_neon(hb_kernels_linear4 *kernels);
 void hb_linear4_int_table_ref(hb_kernels_linear4 *kernels);
 void hb_linear4_int_table_avx2(hb_kernels_linear4 *kernels);
+void hb_linear4_int_table_avxvnni(hb_kernels_linear4 *kernels);
+void hb_linear4_int_table_avx512vnni(hb_kernels_linear4 *kernels);
 
 #endif

@@ -73,6 +73,7 @@ static inline int64_t hb_int8_tile_bytes(int64_t depth, int32_t rows)
 // Each fills the members that its ISA does better. Called from that folder's table.c.
 void hb_linear8_table_ref(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx2(hb_kernels_linear8 *kernels);
+void hb_linear8_table_avxvnni(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx512(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx512vnni(hb_kernels_linear8 *kernels);
 void hb_linear8_table_amx(hb_kernels_linear8 *kernels);

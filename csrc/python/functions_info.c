@@ -71,6 +71,11 @@ static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ign
 #if defined(__x86_64__) || defined(_M_X64)
     PyObject *isas = Py_BuildValue("[ssssss]", "ref", "avx2", "avx512", "avx512vnni", "avx512vbmi",
                                    "avx512bf16");
+#if !defined(HB_WITHOUT_AVXVNNI)
+    PyObject *vnni = PyUnicode_FromString("avxvnni");
+    if (isas != NULL && (vnni == NULL || PyList_Insert(isas, 2, vnni) < 0)) Py_CLEAR(isas);
+    Py_XDECREF(vnni);
+#endif
 #if !defined(HB_WITHOUT_AMX)
     PyObject *amx = PyUnicode_FromString("amx");
     if (isas != NULL && (amx == NULL || PyList_Append(isas, amx) < 0)) Py_CLEAR(isas);

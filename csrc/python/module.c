@@ -48,7 +48,7 @@ static int add_context(hb_state *state)
     if (unknown &&
         PyErr_WarnEx(PyExc_RuntimeWarning,
                      "HALFBYTE_CPU names no instruction set that halfbyte knows "
-                     "(ref, avx2, avx512, avx512vnni, avx512vbmi, avx512bf16, amx, neon): ignored",
+                     "(ref, avx2, avxvnni, avx512, avx512vnni, avx512vbmi, avx512bf16, amx, neon): ignored",
                      1) < 0)
         return -1;
     hb_status status = hb_context_init(&state->context, flags, 0, &error);

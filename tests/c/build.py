@@ -1,7 +1,8 @@
 """Builds the C test program in its variants; run as a script it prints the path of the program.
 
     python tests/c/build.py native                       every ISA folder with its own flags
-    python tests/c/build.py emulated_tiles               the same, but for AMX: its tile registers in plain C
+    python tests/c/build.py emulated_tiles               the same, but for AMX, its tile registers in plain C, and
+                                                         for AVX-VNNI, in the encoding of AVX-512
     python tests/c/build.py simde_x86                    the x86 folders as plain C, through SIMDe
     python tests/c/build.py simde_neon                   the NEON folder as plain C, through SIMDe
     python tests/c/build.py qemu_neon                    the NEON folder for AArch64, run under qemu-user
@@ -24,10 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "c"
 VARIANTS = ("native", "emulated_tiles", "simde_x86", "simde_neon", "qemu_neon")
-X86 = ("avx2", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16", "amx")
+X86 = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16", "amx")
 EMULATE_TILES = ["-DHB_EMULATE_TILES", f"-isystem{HERE / 'simde'}"]
 ISAS = {
-    "emulated_tiles": ("amx",),
+    "emulated_tiles": ("avxvnni", "amx"),
     "simde_x86": ("ref", *X86),
     "simde_neon": ("neon",),
     "qemu_neon": ("ref", "neon"),
@@ -82,8 +83,9 @@ def plan(variant: str, sanitize: str) -> dict[Path, list[str]]:
         flags = setup.ISA_FLAGS
     if variant == "emulated_tiles":  # no compiler has to know them
         flags = {"ref": [], **setup.X86_FLAGS, "amx": setup.X86_FLAGS["avx512bf16"]}
+        flags["avxvnni"] = [*setup.X86_FLAGS["avx512vnni"], "-DHB_EVEX_VNNI"]
     if variant != "native":
-        common = [flag for flag in common if flag != "-DHB_WITHOUT_AMX"]
+        common = [flag for flag in common if not flag.startswith("-DHB_WITHOUT_")]
     if emulated:
         import simde_py
 

@@ -347,8 +347,12 @@ void check_count_report(const check_count *count, int64_t instructions)
 
 // ---- main ---------------------------------------------------------------------------------------
 
-static const char *const isa_names[] = {"ref",        "avx2",       "avx512", "avx512vnni",
-                                        "avx512vbmi", "avx512bf16", "amx",    "neon"};
+static const char *const isa_names[] = {
+    "ref", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi", "avx512bf16", "amx", "neon"};
+// The flags of each, and the step below it.
+static const uint32_t isa_flags[] = {0,  1,          HB_CPU_AVX2 | HB_CPU_AVXVNNI, 3, 7, 15, 31,
+                                     63, HB_CPU_NEON};
+static const int isa_below[] = {0, 0, 1, 1, 3, 4, 5, 6, 0};
 enum { ISA_COUNT = sizeof isa_names / sizeof *isa_names };
 
 // What this binary can run: the processor's flags, or everything that was compiled for emulation.
@@ -358,11 +362,12 @@ static uint32_t available_flags(void)
     return HB_CPU_NEON;
 #elif defined(HB_SIMDE)
     return HB_CPU_AVX2 | HB_CPU_AVX512 | HB_CPU_AVX512VNNI | HB_CPU_AVX512VBMI | HB_CPU_AVX512BF16 |
-           HB_CPU_AMX;
+           HB_CPU_AMX | HB_CPU_AVXVNNI;
 #else
     static int tiles = -1; // asked for once
     uint32_t flags = hb_cpu_detect();
 #if defined(HB_EMULATE_TILES)
+    if (flags & HB_CPU_AVX512VNNI) flags |= HB_CPU_AVXVNNI;
     return (flags & HB_CPU_AVX512BF16) ? flags | HB_CPU_AMX : flags;
 #endif
     if (flags & HB_CPU_AMX && tiles < 0) tiles = hb_cpu_request_tiles();
@@ -370,11 +375,10 @@ static uint32_t available_flags(void)
 #endif
 }
 
-// The flags of the ISA at `step`, cumulative as hb_cpu_detect() gives them; neon stands alone.
+// The flags of the ISA at `step`, cumulative as hb_cpu_detect() gives them.
 static uint32_t flags_of(int step)
 {
-    if (step == ISA_COUNT - 1) return HB_CPU_NEON;
-    return (1u << step) - 1u;
+    return isa_flags[step];
 }
 
 static bool is_available(int step)
@@ -412,7 +416,7 @@ static int run_group(const check_group *group, int step, bool bench, int threads
     memset(&previous, 0, sizeof previous);
     memset(&context, 0, sizeof context);
     hb_kernels_init(&reference, 0);
-    if (step > 0) hb_kernels_init(&previous, step == ISA_COUNT - 1 ? 0 : flags_of(step - 1));
+    if (step > 0) hb_kernels_init(&previous, flags_of(isa_below[step]));
     if (hb_context_init(&context, c.flags, threads, &error) != HB_OK) die(error.text);
     c.kernels = &context.kernels;
     group->run(&c);

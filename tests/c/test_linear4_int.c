@@ -156,10 +156,10 @@ static void check_tile(check *c, const hb_linear4_set *set, const hb_linear4_set
     float *y = check_buffer(c, (size_t)(n_x * rows) * 4, CHECK_END);
     for (int s = 0; s < 2; s++) {
         const int64_t cols = sets[s]->tile_cols, tile = sets[s]->tile_rows, chunks = depth / 64;
-        unsigned char *packed =
-            check_buffer(c, (size_t)(chunks * tile * (64 + sets[s]->x_extra)), CHECK_BEGIN);
-        unsigned char *panel =
-            check_buffer(c, (size_t)(chunks * cols * (64 + sets[s]->panel_extra)), CHECK_BEGIN);
+        const int64_t bytes[2] = {64 * sets[s]->element_bytes + sets[s]->x_extra,
+                                  64 * sets[s]->element_bytes + sets[s]->panel_extra};
+        unsigned char *packed = check_buffer(c, (size_t)(chunks * tile * bytes[0]), CHECK_BEGIN);
+        unsigned char *panel = check_buffer(c, (size_t)(chunks * cols * bytes[1]), CHECK_BEGIN);
         float *sums = check_buffer(c, (size_t)(tile * cols) * 4, CHECK_BEGIN);
         for (int64_t first = 0; first < n_x; first += tile) {
             const int64_t count = n_x - first < tile ? n_x - first : tile;
@@ -174,8 +174,8 @@ static void check_tile(check *c, const hb_linear4_set *set, const hb_linear4_set
                     block.absmax += k / blocksize;
                     const int64_t steps = depth - k < at_once ? depth - k : at_once;
                     sets[s]->decode_rows(&block, n_rows, steps, panel);
-                    sets[s]->tile(packed + k / 64 * tile * (64 + sets[s]->x_extra), panel, steps,
-                                  (int)count, k > 0, sums);
+                    sets[s]->tile(packed + k / 64 * tile * bytes[0], panel, steps, (int)count,
+                                  k > 0, sums);
                 }
                 for (int64_t t = 0; t < count; t++)
                     for (int64_t i = 0; i < n_rows; i++) {

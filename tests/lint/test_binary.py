@@ -102,6 +102,23 @@ def test_tile_instructions_are_where_they_belong(objects):
             assert found == needed, f"{path.relative_to(objects)} uses {found}"
 
 
+@pytest.mark.skipif("avxvnni" not in halfbyte._C.build_info()["isas"], reason="built without AVX-VNNI")
+def test_vnni_without_avx512_has_its_own_encoding(objects):
+    """The first byte is that of a VEX prefix; there is no EVEX (0x62), which the processor lacks."""
+    dots = 0
+    for path in sorted((objects / "cpu/avxvnni").glob("*.o")):
+        for line in run("objdump", "-d", "-w", str(path)).splitlines():
+            columns = line.split("\t")
+            if len(columns) < 3:
+                continue
+            assert not columns[1].startswith("62 "), f"{path.name}: {line}"
+            assert "%zmm" not in columns[2], f"{path.name}: {line}"
+            if re.search(r"vpdp(busd|wssd)\b", columns[2]):
+                assert columns[1].startswith(("c4 ", "c5 ")), f"{path.name}: {line}"
+                dots += 1
+    assert dots > 20
+
+
 FORMATS = "absmax|code4|nf4|fp4|map8|int8|dyn8|block4|blocks"
 
 

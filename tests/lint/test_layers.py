@@ -13,7 +13,9 @@ INTRINSICS = re.compile(r"^(\w*intrin|arm_neon|arm_sve|simde/.*)\.h$|^simde/")
 # Folder under csrc -> folders whose headers it may include ("." is its own).
 MAY_INCLUDE = {"core": {"core"}, "cpu": {"core", "cpu", "."}, "python": {"core", "python"}}
 # An instruction set may use the inline helpers of one whose instructions it implies.
-BELOW = {isa: {"avx512"} for isa in ("avx512vnni", "avx512vbmi", "avx512bf16", "amx")}
+BELOW = {isa: {"avx512", "avx2"} for isa in ("avx512vnni", "avx512vbmi", "avx512bf16", "amx")} | {
+    "avxvnni": {"avx2"}
+}
 LIBC = {
     "errno.h", "float.h", "limits.h", "math.h", "stdarg.h", "stdatomic.h", "stdbool.h", "stddef.h", "stdint.h",
     "stdio.h", "stdlib.h", "string.h", "inttypes.h",

@@ -80,7 +80,7 @@ def test_file_sizes():
     unexplained = {name: lines for name, lines in large.items() if name not in LARGE}
     assert not unexplained, f"split these or give a reason in LARGE: {unexplained}"
     assert set(LARGE) <= set(large), f"no longer large: {set(LARGE) - set(large)}"
-    assert read(Path("setup.py")).count("\n") <= 240  # two compilers, five instruction sets, eight GPUs
+    assert read(Path("setup.py")).count("\n") <= 245  # two compilers, six instruction sets, eight GPUs
     assert read(Path("python/halfbyte/__init__.py")).count("\n") <= 60
 
 

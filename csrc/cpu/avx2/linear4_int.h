@@ -1,64 +1,270 @@
-// Quantizing x for the integer products with 4-bit weights (kernels_linear4.h), on 8 lanes.
+// Products with 4-bit weights in integers on 32-byte vectors, compiled by three folders; few rows
+// of x are multiplied by linear4_int_dot.h, many (int8 only) by panels:
+//
+// The dwords of 8 rows by 8 columns are transposed before they are decoded, so that a lane is a row
+// of W with 8 columns, which stay in an order of their own that x is brought into:
+//
+//   AVX2    pairs of int16, columns (0, 4) (2, 6) (1, 5) (3, 7) of 8: panel [32 pairs][16 rows][2]
+//           for 64 columns. vpmaddwd and an addition are no more work for 16 products than
+//           maddubs with its signs and sums.
+//   VNNI    quads of w + 128, columns (0, 2, 4, 6) (1, 3, 5, 7): panel [16 quads][16 rows][4].
+//   then 16 scales. Packed x, for 64 columns: [6 rows][64] in that order, 6 scales, and with VNNI
+//   6 times -128 times the sum of the row's 64.
 #ifndef HB_CPU_AVX2_LINEAR4_INT_H
 #define HB_CPU_AVX2_LINEAR4_INT_H
 
-#include "cpu/avx2/io.h"
+#include "cpu/avx2/linear4_int_dot.h"
 
-enum { INT_CHUNK = 64 };
+enum {
+    TILE_ROWS = 6,
+    TILE_COLS = 16,
+    PANEL_STEPS = 256,
+    X_EXTRA = VNNI ? 8 : 4,
+    X_BYTES = TILE_ROWS * (INT_CHUNK * ELEMENT_I8 + X_EXTRA), // for 64 columns
+    PANEL_BYTES = TILE_COLS * (INT_CHUNK * ELEMENT_I8 + 4),
+};
 
-// Elements [at, at + 64) of x, zeros from `end` on, as int16 codes in plain order: 16 a vector.
-// Returns the scale that is stored (`unit` times the step), NaN where one of them is not finite.
-static inline __attribute__((always_inline)) float quantize_chunk(const void *x, hb_dtype io,
-                                                                  int64_t at, int64_t end,
-                                                                  int limit, float unit,
-                                                                  __m256i codes[4])
+// ---- panel, int8 --------------------------------------------------------------------------------
+
+INLINE void pack_io(const void *x, hb_dtype io, int64_t x_stride, int n_x, int64_t steps,
+                    uint8_t *packed)
 {
-    __m256 value[8];
-    __m256i largest = _mm256_setzero_si256();
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        const int64_t k = at + 8 * i;
-        value[i] = k < end ? load_upto_f32x8(x, k, end, io) : _mm256_setzero_ps();
-        largest = _mm256_max_epi32(largest, _mm256_castps_si256(magnitude_f32x8(value[i])));
+    // Within 8 columns: see above.
+    const __m256i pairs = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, 2, 3, 10, 11, 6, 7, 14, 15));
+    const __m256i quads = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    for (int64_t s = 0; s < steps; s += INT_CHUNK, packed += X_BYTES) {
+        float *scales = (float *)(packed + TILE_ROWS * INT_CHUNK * ELEMENT_I8);
+        int32_t *begins = (int32_t *)(scales + TILE_ROWS);
+        for (int t = 0; t < TILE_ROWS; t++) {
+            __m256i codes[4], *out = (__m256i *)(packed + t * INT_CHUNK * ELEMENT_I8);
+            const int64_t row = t * x_stride, end = t < n_x ? row + steps : 0;
+            scales[t] = quantize_chunk(x, io, row + s, end, HB_INT8_LIMIT, 0x1p-7f, codes);
+            if (!VNNI) {
+                for (int i = 0; i < 4; i++)
+                    _mm256_storeu_si256(out + i, _mm256_shuffle_epi8(codes[i], pairs));
+                continue;
+            }
+            __m256i sum = _mm256_setzero_si256();
+            for (int i = 0; i < 2; i++) {
+                __m256i bytes = _mm256_packs_epi16(codes[2 * i], codes[2 * i + 1]);
+                bytes = _mm256_permute4x64_epi64(bytes, 0xd8);
+                sum = _mm256_add_epi32(sum, beginning(bytes, _mm256_setzero_si256()));
+                _mm256_storeu_si256(out + i, _mm256_shuffle_epi8(bytes, quads));
+            }
+            __m128i four =
+                _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+            four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+            four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+            begins[t] = _mm_cvtsi128_si32(four);
+        }
     }
-    const float amax = largest_of_magnitudes(largest);
-    if (!(amax <= 0x1.fffffep127f)) {
-        for (int i = 0; i < 4; i++) codes[i] = _mm256_setzero_si256();
-        return hb_f32_from_bits(HB_NAN_BITS);
+}
+
+INLINE void pack_x(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int64_t steps,
+                   void *packed)
+{
+    switch (dtype) {
+    case HB_F32: pack_io(x, HB_F32, x_stride, n_x, steps, packed); break;
+    case HB_BF16: pack_io(x, HB_BF16, x_stride, n_x, steps, packed); break;
+    default: pack_io(x, HB_F16, x_stride, n_x, steps, packed); break;
     }
-    const float least = 0x1p-112f, wished = amax / (float)limit;
-    const float step = wished > least ? wished : least;
-    const __m256 inverse = _mm256_set1_ps(1.0f / step);
-#pragma GCC unroll 4
+}
+
+// 8 x 8 dwords: v[i] = row i before, column i after.
+INLINE void transpose(__m256i *v)
+{
+    __m256i a[8], b[8];
     for (int i = 0; i < 4; i++) {
-        __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(value[2 * i], inverse));
-        __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(value[2 * i + 1], inverse));
-        codes[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+        a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
     }
-    return step * unit;
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+            b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
+        v[4 + i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
+    }
 }
 
-// The same as int8, 32 a vector, columns in plain order.
-static inline void narrow_chunk(const __m256i codes[4], __m256i *bytes)
+// 64 columns of 8 rows from `first` into 8 lanes of the panel.
+INLINE void decode_8_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, int64_t column,
+                          const book *b, uint8_t *panel)
 {
-    bytes[0] = _mm256_permute4x64_epi64(_mm256_packs_epi16(codes[0], codes[1]), 0xd8);
-    bytes[1] = _mm256_permute4x64_epi64(_mm256_packs_epi16(codes[2], codes[3]), 0xd8);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const int lane_bytes = 8 * 4;
+    __m256i v[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+        const uint8_t *from =
+            w->packed + (first + (r < n_rows ? r : 0)) * w->row_bytes + column / 2;
+        v[r] = _mm256_loadu_si256((const void *)from);
+        if (column % 128 == 0) _mm_prefetch((const char *)from + PANEL_STEPS / 2, _MM_HINT_T0);
+    }
+    transpose(v);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; n++) {
+            __m256i codes = _mm256_and_si256(n == 0 ? _mm256_srli_epi16(v[i], 4) : v[i], nibble);
+            __m256i value = _mm256_shuffle_epi8(b->low, codes);
+            if (VNNI) {
+                _mm256_store_si256((void *)(panel + (2 * i + n) * 2 * lane_bytes), value);
+                continue;
+            }
+            __m256i first_pair = _mm256_srai_epi16(_mm256_slli_epi16(value, 8), 8);
+            __m256i *out = (void *)(panel + (4 * i + 2 * n) * 2 * lane_bytes);
+            _mm256_store_si256(out, first_pair);
+            _mm256_store_si256(out + 2, _mm256_srai_epi16(value, 8));
+        }
 }
 
-// int8 columns of even and of odd number, 32 each.
-static inline void split_chunk(const __m256i codes[4], __m256i *even, __m256i *odd)
+INLINE void decode_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, uint8_t *panel)
 {
-    __m256i e[4], o[4];
-    for (int i = 0; i < 4; i++) { // dwords: two columns each
-        e[i] = _mm256_srai_epi32(_mm256_slli_epi32(codes[i], 16), 16);
-        o[i] = _mm256_srai_epi32(codes[i], 16);
+    const book b = make_book(w->rounded, false);
+    const int shift = __builtin_ctzll((unsigned long long)w->blocksize);
+    for (int64_t k = 0; k < depth; k += INT_CHUNK, panel += PANEL_BYTES) {
+        float *scales = (float *)(panel + TILE_COLS * INT_CHUNK * ELEMENT_I8);
+        for (int64_t r = 0; r < TILE_COLS; r++)
+            scales[r] = r < n_rows ? w->absmax[r * w->absmax_stride + (k >> shift)] : 0.0f;
+        for (int64_t r = 0; r < TILE_COLS; r += 8) {
+            if (r < n_rows)
+                decode_8_rows(w, r, n_rows - r, k, &b, panel + r * 4);
+            else
+                for (int i = 0; i < INT_CHUNK * ELEMENT_I8 / 4; i++)
+                    _mm256_store_si256((void *)(panel + i * 64 + 32), _mm256_setzero_si256());
+        }
     }
-    // Packing twice leaves 8-byte pieces of vector i in places 4 (i / 2)... : put them in order.
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    *even = _mm256_permutevar8x32_epi32(
-        _mm256_packs_epi16(_mm256_packs_epi32(e[0], e[1]), _mm256_packs_epi32(e[2], e[3])), order);
-    *odd = _mm256_permutevar8x32_epi32(
-        _mm256_packs_epi16(_mm256_packs_epi32(o[0], o[1]), _mm256_packs_epi32(o[2], o[3])), order);
 }
+
+// sum + the products of w and x in each dword. gcc 12 copies the accumulators of the intrinsics to
+// the stack and back (0.6 of the speed): hence the assembly.
+INLINE __m256i add_products(__m256i sum, __m256i w, __m256i x)
+{
+    if (VNNI) return HB_DPBUSD(sum, w, x);
+#if defined(HB_SIMDE)
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+#else
+    __m256i two;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(two) : "x"(w), "x"(x));
+    return sum;
+#endif
+}
+
+// n_x rows of x times the panel; n_x is a constant at each call.
+INLINE void tile(const uint8_t *packed, const uint8_t *panel, int64_t steps, bool accumulate,
+                 float *sums, const int n_x)
+{
+    for (int64_t s = 0; s < steps; s += INT_CHUNK, packed += X_BYTES, panel += PANEL_BYTES) {
+        const float *x_scale = (const float *)(packed + TILE_ROWS * INT_CHUNK * ELEMENT_I8);
+        const float *w_scale = (const float *)(panel + TILE_COLS * INT_CHUNK * ELEMENT_I8);
+        const int32_t *begins = (const int32_t *)(x_scale + TILE_ROWS);
+        __m256i sum[TILE_ROWS][2];
+#pragma GCC unroll 6
+        for (int t = 0; t < n_x; t++)
+            sum[t][0] = sum[t][1] = VNNI ? _mm256_set1_epi32(begins[t]) : _mm256_setzero_si256();
+#pragma GCC unroll 2
+        for (int i = 0; i < INT_CHUNK * ELEMENT_I8 / 4; i++) {
+            const __m256i low = _mm256_load_si256((const void *)(panel + 64 * i));
+            const __m256i high = _mm256_load_si256((const void *)(panel + 64 * i + 32));
+#pragma GCC unroll 6
+            for (int t = 0; t < n_x; t++) {
+                int32_t several;
+                memcpy(&several, packed + t * INT_CHUNK * ELEMENT_I8 + 4 * i, 4);
+                const __m256i x = _mm256_set1_epi32(several);
+                sum[t][0] = add_products(sum[t][0], low, x);
+                sum[t][1] = add_products(sum[t][1], high, x);
+            }
+        }
+        const bool adds = accumulate || s > 0;
+#pragma GCC unroll 6
+        for (int t = 0; t < n_x; t++)
+#pragma GCC unroll 2
+            for (int c = 0; c < 2; c++) {
+                float *target = sums + t * TILE_COLS + 8 * c;
+                const __m256 total = adds ? _mm256_load_ps(target) : _mm256_setzero_ps();
+                const __m256 scale = _mm256_mul_ps(_mm256_load_ps(w_scale + 8 * c),
+                                                   _mm256_broadcast_ss(x_scale + t));
+                _mm256_store_ps(target,
+                                _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t][c]), scale, total));
+            }
+    }
+}
+
+// ---- entries ------------------------------------------------------------------------------------
+
+// The functions of a folder and its hb_linear4_int_table_<isa>; for how many rows of x dot beats
+// the panels.
+#define HB_INT4_DOT(set, isa, wide)                                                                \
+    static void hb_linear4_permute_x_##set##_##isa(const void *x, hb_dtype dtype, int64_t depth,   \
+                                                   void *permuted)                                 \
+    {                                                                                              \
+        permute_x(x, dtype, depth, wide, permuted);                                                \
+    }                                                                                              \
+    static void hb_linear4_dot_##set##_##isa(const hb_matrix4 *w, int64_t n_rows, int64_t depth,   \
+                                             const void *permuted, int n_x, float *y,              \
+                                             int64_t y_stride)                                     \
+    {                                                                                              \
+        dot(w, n_rows, depth, permuted, n_x, wide, y, y_stride);                                   \
+    }
+
+#define HB_INT4_ENTRIES(isa, until_i16, until_i8)                                                  \
+    HB_INT4_DOT(i16, isa, true)                                                                    \
+    HB_INT4_DOT(i8, isa, false)                                                                    \
+    static void hb_linear4_pack_x_i8_##isa(const void *x, hb_dtype dtype, int64_t x_stride,        \
+                                           int n_x, int64_t steps, void *packed)                   \
+    {                                                                                              \
+        pack_x(x, dtype, x_stride, n_x, steps, packed);                                            \
+    }                                                                                              \
+    static void hb_linear4_decode_rows_i8_##isa(const hb_matrix4 *w, int64_t n_rows,               \
+                                                int64_t depth, void *panel)                        \
+    {                                                                                              \
+        decode_rows(w, n_rows, depth, panel);                                                      \
+    }                                                                                              \
+    static void hb_linear4_tile_i8_##isa(const void *packed, const void *panel, int64_t steps,     \
+                                         int n_x, bool accumulate, float *sums)                    \
+    {                                                                                              \
+        switch (n_x) {                                                                             \
+        case 1: tile(packed, panel, steps, accumulate, sums, 1); break;                            \
+        case 2: tile(packed, panel, steps, accumulate, sums, 2); break;                            \
+        case 3: tile(packed, panel, steps, accumulate, sums, 3); break;                            \
+        case 4: tile(packed, panel, steps, accumulate, sums, 4); break;                            \
+        case 5: tile(packed, panel, steps, accumulate, sums, 5); break;                            \
+        default: tile(packed, panel, steps, accumulate, sums, 6); break;                           \
+        }                                                                                          \
+    }                                                                                              \
+    void hb_linear4_int_table_##isa(hb_kernels_linear4 *kernels)                                   \
+    {                                                                                              \
+        kernels->i16 = (hb_linear4_set){.dot_rows = DOT_ROWS,                                      \
+                                        .dot_until = until_i16,                                    \
+                                        .tile_rows = 1,                                            \
+                                        .tile_cols = 1,                                            \
+                                        .pair = 1,                                                 \
+                                        .x_block = 1,                                              \
+                                        .element_bytes = ELEMENT_I16,                              \
+                                        .dot_extra = EXTRA_I16,                                    \
+                                        .permute_x = hb_linear4_permute_x_i16_##isa,               \
+                                        .dot = hb_linear4_dot_i16_##isa};                          \
+        kernels->i8 = (hb_linear4_set){.dot_rows = DOT_ROWS,                                       \
+                                       .dot_until = until_i8,                                      \
+                                       .tile_rows = TILE_ROWS,                                     \
+                                       .tile_cols = TILE_COLS,                                     \
+                                       .panel_steps = PANEL_STEPS,                                 \
+                                       .pair = 1,                                                  \
+                                       .x_block = INT_CHUNK,                                       \
+                                       .element_bytes = ELEMENT_I8,                                \
+                                       .dot_extra = EXTRA_I8,                                      \
+                                       .x_extra = X_EXTRA,                                         \
+                                       .panel_extra = 4,                                           \
+                                       .permute_x = hb_linear4_permute_x_i8_##isa,                 \
+                                       .dot = hb_linear4_dot_i8_##isa,                             \
+                                       .pack_x = hb_linear4_pack_x_i8_##isa,                       \
+                                       .decode_rows = hb_linear4_decode_rows_i8_##isa,             \
+                                       .tile = hb_linear4_tile_i8_##isa};                          \
+    }
 
 #endif

@@ -378,6 +378,28 @@ static inline __m512i hb_mm512_dpbusd_epi32(__m512i sum, __m512i va, __m512i vb)
 }
 #define _mm512_dpbusd_epi32 hb_mm512_dpbusd_epi32
 
+#undef _mm256_dpbusd_epi32
+static inline __m256i hb_mm256_dpbusd_epi32(__m256i sum, __m256i va, __m256i vb)
+{
+    HB_GET_(uint32_t, 8, r, sum);
+    HB_GET_(uint8_t, 32, a, va);
+    HB_GET_(int8_t, 32, b, vb);
+    HB_FOR_(32) r[i / 4] += (uint32_t)((int)a[i] * b[i]);
+    HB_RETURN_(__m256i, r);
+}
+#define _mm256_dpbusd_epi32 hb_mm256_dpbusd_epi32
+
+#undef _mm256_dpwssd_epi32 // wraps around as well
+static inline __m256i hb_mm256_dpwssd_epi32(__m256i sum, __m256i va, __m256i vb)
+{
+    HB_GET_(uint32_t, 8, r, sum);
+    HB_GET_(int16_t, 16, a, va);
+    HB_GET_(int16_t, 16, b, vb);
+    HB_FOR_(16) r[i / 2] += (uint32_t)((int)a[i] * b[i]);
+    HB_RETURN_(__m256i, r);
+}
+#define _mm256_dpwssd_epi32 hb_mm256_dpwssd_epi32
+
 static inline __m512i hb_mm512_i32gather(__m512i index, const void *base, int scale)
 {
     HB_GET_(int32_t, 16, a, index);

@@ -1,0 +1,7 @@
+#include "core/kernels.h"
+
+void hb_table_avxvnni(hb_kernels *kernels)
+{
+    hb_linear4_int_table_avxvnni(&kernels->linear4);
+    hb_linear8_table_avxvnni(&kernels->linear8);
+}
