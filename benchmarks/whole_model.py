@@ -223,7 +223,7 @@ def add_cosines(results: list[dict[str, Any]]) -> None:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, as it stands in docs/performance.md."""
     lines = [
-        "| | load, s | to the first token, s | tok/s | of the floor | prompt of 256, s | peak GB | own GB | cosine |",
+        "| | load, s | to the first token, s | tok/s | of the floor | prompt, s | peak GB | own GB | cosine |",
         "|---|" + "---:|" * 8,
     ]
     for r in results:
@@ -290,7 +290,13 @@ def main(arguments: list[str] | None = None) -> int:
     for result in results:
         result |= floor(result["name"], shape, rate)
     print(f"read {rate:.1f} GB/s; {shape.parameters / 1e9:.2f}B parameters\n{table(results)}")
-    content = {"environment": description, "absent": missing, "read_gb_per_s": rate, "results": results}
+    content = {
+        "environment": description,
+        "absent": missing,
+        "read_gb_per_s": rate,
+        "prompt_tokens": options.prompt,
+        "results": results,
+    }
     path = environment.write_json(options.json, "whole_model", content)
     picture = options.svg or path.with_suffix(".svg")
     picture.write_text(whole_model_chart.draw(content))

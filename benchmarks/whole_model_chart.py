@@ -13,7 +13,7 @@ from .chart import COLORS
 BAR, GAP, LEFT, PANEL, TOP = 18, 6, 290, 150, 84
 COLUMNS = (
     ("tokens_per_second", "tokens a second", ".1f", 1.0),
-    ("prefill_seconds", "prompt of 256 tokens, s", ".2f", 1.0),
+    ("prefill_seconds", "prompt of {prompt} tokens, s", ".2f", 1.0),
     ("ready_seconds", "load to first token, s", ".1f", 1.0),
     ("peak_bytes", "peak memory, GB", ".1f", 1e9),
 )
@@ -24,7 +24,7 @@ def draw(content: dict[str, Any]) -> str:
     described, results = content["environment"], content["results"]
     step = PANEL + 56
     width, height = LEFT + len(COLUMNS) * step, TOP + len(results) * (BAR + GAP) + 14
-    size = described["model"]["parameters"] / 1e9
+    size, prompt = described["model"]["parameters"] / 1e9, content["prompt_tokens"]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
         'font-size="13">',
@@ -36,7 +36,9 @@ def draw(content: dict[str, Any]) -> str:
     ]
     for column, (key, title, form, unit) in enumerate(COLUMNS):
         left = LEFT + column * step
-        lines.append(f'<text x="{left}" y="{TOP - 10}" font-weight="bold">{title}</text>')
+        lines.append(
+            f'<text x="{left}" y="{TOP - 10}" font-weight="bold">{title.format(prompt=prompt)}</text>'
+        )
         longest = max(r[key] for r in results) / unit
         if key == "tokens_per_second":
             longest = max(longest, *(1 / r["floor_seconds"] for r in results))
