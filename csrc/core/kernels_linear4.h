@@ -22,11 +22,11 @@
 //   panel   c = panel_steps + depth/panel_steps + 3: the weight (1), the steps of a panel summed
 //   from
 //           zero, then one addition per panel, one to spare
-// The bfloat16 set adds, per product, the roundings of x and of the weight (2^-8 each at most; a
-// set on hardware dot products may also flush subnormals; on tile registers panels have
-// c = depth/32 + 18). Infinities and NaN in x, or in the absmax of a nonzero weight, make y
-// non-finite. Panels, tiles and packed x are 64-byte aligned; everything else has its element's
-// alignment.
+// The bfloat16 set may scale 16 products at once and add parts of the columns: dot has
+// c = depth/128 + 22. It adds, per product, the roundings of x and of the weight (2^-8 each at
+// most; a set on hardware dot products may also flush subnormals; on tile registers panels have c =
+// depth/32 + 18). Infinities and NaN in x, or in the absmax of a nonzero weight, make y non-finite.
+// Panels, tiles and packed x are 64-byte aligned; everything else has its element's alignment.
 //
 // The integer sets (opt-in) quantize x and the codebook; limit L = 16383 (int16) or 127 (int8):
 //   x step  s = max(amax / L, 2^-112) for every 64 columns of a row of x, amax the largest

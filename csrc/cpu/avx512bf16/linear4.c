@@ -12,7 +12,7 @@
 #include "cpu/linear4_avx512.h"
 #include "cpu/linear4_entries.h"
 
-enum { DOT_ROWS = 4, DOT_UNTIL = 16, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 256 };
+enum { DOT_ROWS = 4, DOT_UNTIL = 32, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 256 };
 
 INLINE __m512 add_pair_products(__m512 sum, __m512i a, __m512i b)
 {
@@ -36,32 +36,48 @@ INLINE __m512i every_other_word(__m512i low, __m512i high, bool odd)
     return _mm512_permutex2var_epi16(low, index, high);
 }
 
+// The 128 elements of x from k on in the order of a load of weights, four vectors.
+INLINE void permute_group(const void *x, hb_dtype dtype, int64_t k, int64_t depth, __m512i *out)
+{
+    __m512i v[4], half[4];
+    for (int i = 0; i < 4; i++) v[i] = load_x_bf16(x, k + i * 32, dtype, depth);
+    for (int odd = 0; odd < 2; odd++) {
+        half[2 * odd] = every_other_word(v[0], v[1], odd);
+        half[2 * odd + 1] = every_other_word(v[2], v[3], odd);
+    }
+    for (int j = 0; j < 4; j++) {
+        int column = j ^ 1, first = column & 1 ? 2 : 0;
+        out[j] = every_other_word(half[first], half[first + 1], column >> 1);
+    }
+}
+
 static void hb_linear4_permute_x_bf16_avx512bf16(const void *x, hb_dtype dtype, int64_t depth,
                                                  void *permuted)
 {
     uint16_t *out = permuted;
-    for (int64_t k = 0; k < depth; k += HB_LINEAR4_X_GROUP) {
-        __m512i v[4], half[4];
-        for (int i = 0; i < 4; i++) v[i] = load_x_bf16(x, k + i * 32, dtype, depth);
-        for (int odd = 0; odd < 2; odd++) {
-            half[2 * odd] = every_other_word(v[0], v[1], odd);
-            half[2 * odd + 1] = every_other_word(v[2], v[3], odd);
-        }
+    int64_t k = 0;
+    for (; k + 256 <= depth; k += 256) {
+        __m512i v[4], w[4];
+        permute_group(x, dtype, k, depth, v);
+        permute_group(x, dtype, k + 128, depth, w);
         for (int j = 0; j < 4; j++) {
-            int column = j ^ 1, first = column & 1 ? 2 : 0;
-            _mm512_store_si512(out + k + j * 32,
-                               every_other_word(half[first], half[first + 1], column >> 1));
+            _mm512_store_si512(out + k + j * 32, _mm512_unpacklo_epi64(v[j], w[j]));
+            _mm512_store_si512(out + k + 128 + j * 32, _mm512_unpackhi_epi64(v[j], w[j]));
         }
+    }
+    for (; k < depth; k += 128) {
+        __m512i v[4];
+        permute_group(x, dtype, k, depth, v);
+        for (int j = 0; j < 4; j++) _mm512_store_si512(out + k + j * 32, v[j]);
     }
 }
 
 // ---- dot --------------------------------------------------------------------------------------
 
-INLINE void dot_group(const __m512i *words, const __m512 *scale, __m512i codebook,
-                      const uint16_t *x, int64_t x_stride, const int rows, const int n_x,
-                      __m512 *total)
+// sum[row][t] (+)= the weights of a vector of codes of each row times the same 128 elements of x.
+INLINE void multiply_words(const __m512i *words, __m512i codebook, const uint16_t *x,
+                           int64_t x_stride, const int rows, const int n_x, bool add, __m512 *sum)
 {
-    __m512 sum[8];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
         __m512i weight[4];
@@ -74,76 +90,18 @@ INLINE void dot_group(const __m512i *words, const __m512 *scale, __m512i codeboo
             __m512i value = _mm512_load_si512(x + t * x_stride + j * 32);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                __m512 before = j == 0 ? _mm512_setzero_ps() : sum[r * n_x + t];
+                __m512 before = j == 0 && !add ? _mm512_setzero_ps() : sum[r * n_x + t];
                 sum[r * n_x + t] = add_pair_products(before, weight[r], value);
             }
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int t = 0; t < n_x; t++)
-            total[r * n_x + t] = _mm512_fmadd_ps(scale[r], sum[r * n_x + t], total[r * n_x + t]);
 }
 
-INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, int64_t blocksize,
-                     __m512i codebook, const uint16_t *x, const int rows, const int n_x, float *y,
-                     int64_t y_stride)
-{
-    const int shift = __builtin_ctzll((unsigned long long)blocksize);
-    const int64_t x_stride = hb_ceil_div(depth, HB_LINEAR4_X_GROUP) * HB_LINEAR4_X_GROUP;
-    const uint8_t *packed[4];
-    const float *absmax[4];
-    __m512 total[8];
-    for (int r = 0; r < rows; r++) {
-        packed[r] = w->packed + (first + r) * w->row_bytes;
-        absmax[r] = w->absmax + (first + r) * w->absmax_stride;
-        for (int t = 0; t < n_x; t++) total[r * n_x + t] = _mm512_setzero_ps();
-    }
-    int64_t k = 0;
-    for (; k + HB_LINEAR4_X_GROUP <= depth; k += HB_LINEAR4_X_GROUP) {
-        __m512i words[4];
-        __m512 scale[4];
-        for (int r = 0; r < rows; r++) {
-            words[r] = _mm512_loadu_si512(packed[r] + k / 2);
-            scale[r] = group_scales(absmax[r], k, depth, blocksize, shift);
-            prefetch_ahead(packed, k, r, rows);
-        }
-        dot_group(words, scale, codebook, x + k, x_stride, rows, n_x, total);
-    }
-    if (k < depth) {
-        __mmask16 present = first_lanes((depth - k) / 8);
-        __m512i words[4];
-        __m512 scale[4];
-        for (int r = 0; r < rows; r++) {
-            words[r] = _mm512_maskz_loadu_epi32(present, packed[r] + k / 2);
-            scale[r] = group_scales(absmax[r], k, depth, blocksize, shift);
-        }
-        dot_group(words, scale, codebook, x + k, x_stride, rows, n_x, total);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int t = 0; t < n_x; t++)
-            y[t * y_stride + first + r] = _mm512_reduce_add_ps(total[r * n_x + t]);
-}
-
-INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
-                     __m512i codebook, const uint16_t *x, const int rows, const int n_x, float *y,
-                     int64_t y_stride)
-{
-    int64_t r = 0;
-    for (; r + rows <= n_rows; r += rows)
-        dot_some(w, r, depth, blocksize, codebook, x, rows, n_x, y, y_stride);
-    for (; rows > 1 && r < n_rows; r++)
-        dot_some(w, r, depth, blocksize, codebook, x, 1, n_x, y, y_stride);
-}
+#include "cpu/avx512bf16/linear4_dot.h"
 
 INLINE void dot_blocks(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
                        __m512i codebook, const uint16_t *x, int n_x, float *y, int64_t y_stride)
 {
-    if (n_x == 1 && depth >= LONG_DEPTH) {
-        dot_rows(w, n_rows, depth, blocksize, codebook, x, 4, 1, y, y_stride);
-        return;
-    }
     switch (n_x) {
     case 1: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 1, y, y_stride); break;
     case 2: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 2, y, y_stride); break;
