@@ -46,10 +46,11 @@ static int add_context(hb_state *state)
     hb_error error;
     uint32_t flags = hb_cpu_flags(&unknown);
     if (unknown &&
-        PyErr_WarnEx(PyExc_RuntimeWarning,
-                     "HALFBYTE_CPU names no instruction set that halfbyte knows "
-                     "(ref, avx2, avxvnni, avx512, avx512vnni, avx512vbmi, avx512bf16, amx, neon): ignored",
-                     1) < 0)
+        PyErr_WarnEx(
+            PyExc_RuntimeWarning,
+            "HALFBYTE_CPU names no instruction set that halfbyte knows "
+            "(ref, avx2, avxvnni, avx512, avx512vnni, avx512vbmi, avx512bf16, amx, neon): ignored",
+            1) < 0)
         return -1;
     hb_status status = hb_context_init(&state->context, flags, 0, &error);
     if (status != HB_OK) {
