@@ -23,14 +23,14 @@ INLINE __m512 pair_scales(const float *absmax, int64_t column, int64_t blocksize
 {
     const float *scales = absmax + (column >> shift);
     if (blocksize >= 256) return _mm512_set1_ps(scales[0]);
-    if (blocksize == 128) {
-        __m128 two = _mm_castpd_ps(_mm_load_sd((const double *)(const void *)scales));
-        return _mm512_permute_ps(_mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_castps_pd(two))), 0x50);
-    }
+    if (blocksize == 128)
+        return _mm512_permutexvar_ps(
+            _mm512_setr_epi32(0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1),
+            _mm512_castps128_ps512(_mm_setr_ps(scales[0], scales[1], 0.0f, 0.0f)));
     if (blocksize == 64)
-        return _mm512_permutevar_ps(
-            _mm512_broadcast_f32x4(_mm_loadu_ps(scales)),
-            _mm512_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2, 1, 1, 3, 3, 1, 1, 3, 3));
+        return _mm512_permutexvar_ps(
+            _mm512_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2, 1, 1, 3, 3, 1, 1, 3, 3),
+            _mm512_castps128_ps512(_mm_loadu_ps(scales)));
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 4, 4, 1, 1, 5, 5, 2, 2, 6, 6, 3, 3, 7, 7),
                                  _mm512_castps256_ps512(_mm256_loadu_ps(scales)));
 }
