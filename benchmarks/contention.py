@@ -169,7 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
                     keys = ("p10_us", "p50_us", "p90_us", "p99_us", "p99_over_p50", "mean_us", "round_us")
                     cells = "".join(f"{result[k]:>9.{2 if k == 'p99_over_p50' else 0}f}" for k in keys)
                     print(f"{count} {scene:10}{way.name:18}{result['calls']:>8}{cells}", flush=True)
-    content = {"environment": environment.describe(), "options": vars(options), "rows": results}
+    content = {
+        "environment": environment.describe(),
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "rows": results,
+    }
     print(f"written: {environment.write_json(options.json, 'contention', content)}")
     return 0
 

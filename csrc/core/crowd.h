@@ -19,17 +19,21 @@ enum {
     HB_CROWD_DOUBLINGS = 3,           // of that time, each when threads are left out again ...
     HB_CROWD_SOON_NS = 1000000000,    // ... so soon after a trial
     HB_CROWD_SUFFER_NS = 2000000000, // that waits are suffered where nothing is gained without them
+    HB_CROWD_SUFFER_TIMES = 4,       // as long as the gain, at most; otherwise not again ...
+    HB_CROWD_REFUSE_NS = 2000000000, // ... for so long
     HB_CROWD_SHARE = 16,             // of the gain, which waits may cost
 };
 
 // All zero at first. Times are nanoseconds of one clock that never goes back.
 typedef struct {
-    int spared;       // threads left out now
-    int doublings;    // of the next rest
-    int64_t debt;     // waits beyond the allowance
-    int64_t left_ns;  // when threads were last left out
-    int64_t tried_ns; // when threads were last added
-    int64_t until_ns; // spared > 0: when the next are added; spared == 0: nothing is judged before
+    int spared;        // threads left out now
+    int doublings;     // of the next rest
+    int64_t debt;      // waits beyond the allowance
+    int64_t left_ns;   // when threads were last left out
+    int64_t refuse_ns; // waits are not suffered before
+    int64_t tried_ns;  // when threads were last added
+    int64_t
+        until_ns; // spared > 0: when the next are added; spared == 0: waits are suffered until then
 } hb_crowd;
 
 // Threads for a loop that begins now and may use `threads` (>= 1): 1..threads.
@@ -39,7 +43,7 @@ int hb_crowd_threads(hb_crowd *crowd, int threads, int64_t now_ns);
 // nobody was absent); the work that others than the caller did would have taken it gain_ns.
 void hb_crowd_judge(hb_crowd *crowd, int threads, int64_t now_ns, int64_t late_ns, int64_t gain_ns);
 
-// All threads from now on, and no judgement for a while.
+// All threads from now on, and a milder judgement for a while; unless that has just failed.
 void hb_crowd_suffer(hb_crowd *crowd, int64_t now_ns);
 
 #endif

@@ -73,8 +73,15 @@ CHECK_GROUP_ONCE(crowd)
     CHECK(c, hb_crowd_threads(&wide.crowd, 8, 100) == 1, "never fewer than the caller");
     CHECK(c, hb_crowd_threads(&wide.crowd, 1, 100) == 1, "one thread is one");
     hb_crowd_suffer(&wide.crowd, 100);
-    hb_crowd_judge(&wide.crowd, 8, 200, 900 * MS, 0);
+    hb_crowd_judge(&wide.crowd, 8, 200, 900 * MS, 300 * MS);
     CHECK(c, hb_crowd_threads(&wide.crowd, 8, 201) == 8, "suffered");
     hb_crowd_judge(&wide.crowd, 8, 100 + (int64_t)HB_CROWD_SUFFER_NS, 900 * MS, 0);
     CHECK(c, hb_crowd_threads(&wide.crowd, 8, 300 + (int64_t)HB_CROWD_SUFFER_NS) == 7, "no longer");
+    const int64_t later = 400 + (int64_t)HB_CROWD_SUFFER_NS;
+    hb_crowd_suffer(&wide.crowd, later);
+    CHECK(c, hb_crowd_threads(&wide.crowd, 8, later) == 8, "again");
+    hb_crowd_judge(&wide.crowd, 8, later, 900 * MS, 100 * MS);
+    CHECK(c, hb_crowd_threads(&wide.crowd, 8, later + 1) == 7, "a wait beyond suffering");
+    hb_crowd_suffer(&wide.crowd, later + 2);
+    CHECK(c, hb_crowd_threads(&wide.crowd, 8, later + 3) == 7, "which is remembered");
 }
