@@ -25,6 +25,7 @@ from halfbyte import _C, shim
 WARM_SECONDS = 0.003
 BURST = 4
 LEAST_SAMPLES = 5
+MOST_COPIES = 256  # of a weight: enough for 1024 x 1024 in 4 bits; smaller ones may stay in the cache
 OWN = "halfbyte"
 
 
@@ -83,7 +84,7 @@ def cache_bytes() -> int:
 
 
 def _copies(bytes_of_one: int) -> int:
-    return max(2, -(-4 * cache_bytes() // bytes_of_one))
+    return min(MOST_COPIES, max(2, -(-4 * cache_bytes() // bytes_of_one)))
 
 
 def _of_halfbyte(x: Any, w: np.ndarray, compute: str, label: str) -> Entry:

@@ -76,6 +76,7 @@ def test_copies_do_not_fit_in_the_cache(monkeypatch):
     monkeypatch.setattr(bench, "cache_bytes", lambda: 1000)
     assert bench._copies(100) == 40
     assert bench._copies(10**9) == 2
+    assert bench._copies(1) == bench.MOST_COPIES  # and no fifteen thousand layers of 128 x 128
 
 
 def test_our_stand_in_is_no_competitor(monkeypatch):

@@ -140,12 +140,12 @@ def test_module_keeps_nothing_but_its_weight():
             layer.weight = ht.nn.Params4bit(torch.from_numpy(weight), requires_grad=False, quant_type="nf4")
             return layer.to("cpu")
         def use(layer):
-            for rows in (1, 100):
+            for rows in (1, 16):  # few: buffers of x and y come and go, and their sizes are noise here
                 with torch.no_grad():
                     layer(torch.ones(rows, SIZE))
                 x = torch.ones(rows, SIZE, requires_grad=True)
                 layer(x).sum().backward()
-        modules = [module() for _ in range(5)]
+        modules = [module() for _ in range(9)]
         for _ in range(3):
             use(modules[0])
         gc.collect()
@@ -155,4 +155,4 @@ def test_module_keeps_nothing_but_its_weight():
         gc.collect()
         print(json.dumps(resident_kb() - before))
         """)
-    assert grown < WEIGHT_KB / 2, f"four modules kept {grown} kB"
+    assert grown < WEIGHT_KB / 2, f"eight modules kept {grown} kB"

@@ -53,7 +53,7 @@ CASES = [
     (call(_C.quantize_4bit, X, 4), T, "quantize_4bit: quant_type, expected 'nf4' or 'fp4'", "4"),
     (call(_C.quantize_4bit, X, "nf4\0"), V, "quantize_4bit: quant_type", "nf4"),
     (call(_C.quantize_4bit, X, scales="best"), V, "quantize_4bit: scales, expected 'absmax' or 'search'", "'best'"),
-    (call(_C.linear_4bit, X, PACKED, ABSMAX, *ARGS, compute="int8"), V, "linear_4bit: compute, expected", "'int8'"),
+    (call(_C.linear_4bit, X, PACKED, ABSMAX, *ARGS, compute="int4"), V, "linear_4bit: compute, expected", "'int4'"),
     (call(_C.linear_8bit, X, CODES, SCALE, mode="fast"), V, "linear_8bit: mode, expected", "'fast'"),
     (call(_C.codebook, "int4"), V, "codebook: quant_type, expected", "'int4'"),
     (call(_C.map8, "log"), V, "map8: map, expected 'dynamic'", "'log'"),
