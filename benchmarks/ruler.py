@@ -77,6 +77,6 @@ class Ruler:
         """Reads the bytes of a contiguous array once (but for a last partial 256 KiB)."""
         self._library.ruler_read(data.ctypes.data, data.nbytes)
 
-    def multiply(self, kind: str = "float32", calls: int = 64) -> int:
+    def multiply(self, kind: str = "float32", calls: int = 512) -> int:
         """Multiply-adds of a kind of KINDS in registers; returns their number times two, 0 where there is no loop."""
         return int(self._library.ruler_multiply(KINDS.index(kind), calls))
