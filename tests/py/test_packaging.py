@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -102,14 +101,24 @@ def test_the_build_says_whether_there_is_cuda():
     assert library.exists() == info["cuda"].startswith("CUDA for")
 
 
-def test_dlpack_comes_from_torch_where_its_package_is_missing(tmp_path, monkeypatch):
+WITHOUT_TVM_FFI = """
+import importlib.util, sys
+sys.modules["tvm_ffi"] = None
+spec = importlib.util.spec_from_file_location("halfbyte_setup", sys.argv[1])
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+print(setup.dlpack_include(sys.argv[2]))
+"""
+
+
+def test_dlpack_comes_from_torch_where_its_package_is_missing(tmp_path):
     """A machine without a network that has torch has all that a build needs."""
     pytest.importorskip("torch")
-    spec = importlib.util.spec_from_file_location("halfbyte_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
-    folder = Path(setup.dlpack_include(tmp_path))
+    # In a process of its own: setuptools refuses to come after somebody's import of distutils.
+    including = [sys.executable, "-c", WITHOUT_TVM_FFI, str(ROOT / "setup.py"), str(tmp_path)]
+    done = subprocess.run(including, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.split()[-1])
     header = (folder / "dlpack" / "dlpack.h").read_text()
     assert folder == tmp_path and "DLPackExchangeAPI" in header
     source = tmp_path / "use.c"
@@ -128,9 +137,10 @@ def test_dlpack_comes_from_torch_where_its_package_is_missing(tmp_path, monkeypa
         tmp_path / "use.o",
     ]
     assert subprocess.run(command).returncode == 0
-    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError):
-        setup.dlpack_include(tmp_path)
+    code = WITHOUT_TVM_FFI.replace("print(", "importlib.util.find_spec = lambda name: None\nprint(")
+    including[2] = code
+    done = subprocess.run(including, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr, done.stderr
 
 
 def test_a_wish_for_cuda_is_not_ignored(tmp_path):
