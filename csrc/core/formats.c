@@ -34,7 +34,10 @@ int hb_format4_from_name(const char *name)
 void hb_codebook_round(const float *value, int limit, hb_codebook_int *rounded)
 {
     double largest = 0.0, least_error = INFINITY;
-    for (int i = 0; i < 16; i++) largest = fmax(largest, fabs((double)value[i]));
+    for (int i = 0; i < 16; i++) { // fmax() here breaks gcc 12 for AArch64
+        const double magnitude = fabs((double)value[i]);
+        if (magnitude > largest) largest = magnitude;
+    }
     *rounded = (hb_codebook_int){.step = 1.0f};
     if (largest == 0.0) return;
     for (int top = limit; top > limit - 64; top--) {

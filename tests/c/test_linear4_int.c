@@ -64,6 +64,12 @@ static void *random_x(check *c, int64_t n, hb_dtype dtype, int mood, float *valu
     return x;
 }
 
+// As fmax() where b is no NaN; a loop of fmax() breaks gcc 12 for AArch64.
+static double larger(double a, double b)
+{
+    return b > a ? b : a;
+}
+
 // The exact y and the bound of the error; n_terms covers what float32 sums add.
 static double expected(const matrix4 *w, int64_t row, const float *x, bool wide, double n_terms,
                        double *bound)
@@ -74,7 +80,7 @@ static double expected(const matrix4 *w, int64_t row, const float *x, bool wide,
     for (int64_t k = 0; k < w->depth; k++) {
         double amax = 0.0;
         for (int64_t i = k / 64 * 64; i < k / 64 * 64 + 64 && i < w->depth; i++)
-            amax = fmax(amax, fabs((double)x[i]));
+            amax = larger(amax, fabs((double)x[i]));
         const double scale = (double)w->absmax[(row * w->depth + k) / w->blocksize];
         const int code = code_of(w, row, k);
         const double value = (double)w->codebook[code];
@@ -245,7 +251,7 @@ CHECK_GROUP_ONCE(codebook_round)
             memcpy(value, hb_codebook4_get(round / 2 ? HB_NF4 : HB_FP4)->value, sizeof value);
         hb_codebook_round(value, limit, &got);
         double largest = 0.0;
-        for (int i = 0; i < 16; i++) largest = fmax(largest, fabs((double)value[i]));
+        for (int i = 0; i < 16; i++) largest = larger(largest, fabs((double)value[i]));
         for (int i = 0; i < 16; i++) {
             CHECK(c, got.code[i] >= -limit && got.code[i] <= limit, "code %d", got.code[i]);
             const double off = fabs((double)value[i] - (double)got.step * got.code[i]);
