@@ -411,6 +411,18 @@ static inline __m512i hb_mm512_i32gather(__m512i index, const void *base, int sc
 #define _mm512_i32gather_ps(index, base, scale)                                                    \
     _mm512_castsi512_ps(hb_mm512_i32gather(index, base, scale))
 
+// One rounding; SIMDe multiplies and then adds. Kernels that promise bits use this width.
+static inline __m256 hb_mm256_fmadd_ps(__m256 va, __m256 vb, __m256 vc)
+{
+    HB_GET_(float, 8, a, va);
+    HB_GET_(float, 8, b, vb);
+    HB_GET_(float, 8, c, vc);
+    HB_FOR_(8) c[i] = fmaf(a[i], b[i], c[i]);
+    HB_RETURN_(__m256, c);
+}
+#undef _mm256_fmadd_ps
+#define _mm256_fmadd_ps hb_mm256_fmadd_ps
+
 static inline void hb_mm512_mask_compressstoreu_epi8(void *p, __mmask64 k, __m512i va)
 {
     HB_GET_(uint8_t, 64, a, va);
