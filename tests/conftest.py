@@ -1,5 +1,6 @@
 """What all tests share: no network, quiet thread pools, paths of the bundled data."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HALFBYTE_NUM_THREADS", "2")
 
 import pytest
+
+with contextlib.suppress(ImportError):  # it refuses to come after the standard library's distutils
+    import setuptools  # noqa: F401
 
 DATA = Path(__file__).parent / "data"
 
