@@ -1,13 +1,15 @@
 """A whole model through transformers' `generate`: dense, bitsandbytes, halfbyte in its place, and llama.cpp.
 
-    python -m benchmarks.whole_model                                all contestants; some 6 minutes
+    python -m benchmarks.whole_model                                all contestants; some 7 minutes
     python -m benchmarks.whole_model --only dense,halfbyte --rounds 1 --tokens 16
+    python -m benchmarks.whole_model --models bundled               the small model alone, a minute
     python -m benchmarks.whole_model --folder DIR                   keeps the model's files (5 GB) for the next run
 
-The model is a Llama of 1.2B random parameters in bfloat16 shards (whole_model_files.py), batch 1. Each contestant is a
-process of its own (whole_model_worker.py) that loads the model and then waits; with all of them alive, rounds go by in
-which each one in turn reads a prompt of 256 tokens and decodes. So that they fit in 16 GB, models in float32 form a
-second heat. --only chooses.
+There are two models, batch 1: "bundled", the trained Llama of 2.9M parameters in tests/data, and "random", one of
+1.2B random parameters in bfloat16 shards (whole_model_files.py). Each contestant is a process of its own
+(whole_model_worker.py) that loads the model and then waits; with all of them alive, rounds go by in which each one in
+turn reads a prompt of 256 tokens and decodes. So that they fit in 16 GB, models in float32 form a second heat. --only
+chooses.
 
 load      seconds of from_pretrained, shards in the page cache: read, convert, quantize; best of --loads
 ready     load and the first token of a prompt of 16, best of --loads. Dense bfloat16 weights that need no conversion
@@ -18,9 +20,11 @@ peak      resident memory as the system counts it, file pages included; `own`: w
 cosine    of the angle between the logits after 32 tokens and those of the dense float32 model: that everyone
           computes this model, and how well. Quantizing random weights costs more than quantizing trained ones
 
-"head too" is the one contestant that also quantizes the head, which transformers leaves dense unless told otherwise.
-llama.cpp comes with llama-cpp-python (ggml.py says how to install it; its file is written by the package `gguf`), and
-runs its own loop in C. It multiplies activations rounded to 8 bits; all others keep 16 or 32.
+"head too" is the one contestant that also quantizes the head, which transformers leaves dense unless told otherwise
+(it sits out where head and embedding are one tensor). "HalfbyteConfig" is halfbyte's own way into transformers with
+all its defaults; the other contestants of halfbyte are bitsandbytes' configuration, run in its place. llama.cpp comes
+with llama-cpp-python (ggml.py says how to install it; its file is written by the package `gguf`), and runs its own
+loop in C. It multiplies activations rounded to 8 bits; all others keep 16 or 32.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ from . import environment, whole_model_chart
 from .contest import Entry, measure
 from .peers import versions
 from .ruler import Ruler
-from .whole_model_files import Shape, describe, make_gguf, make_model
+from .whole_model_files import Shape, copy_bundled, describe, make_gguf, make_model
 
 WORKER = Path(__file__).with_name("whole_model_worker.py")
 PLAIN = [sys.executable, str(WORKER)]
@@ -61,10 +65,12 @@ CONTESTANTS: dict[str, tuple[list[str], list[str]]] = {
     "halfbyte nf4 float32 in a bfloat16 model": (
         DROP_IN, ["--kind", "nf4", "--dtype", "bfloat16", "--compute", "float32"],
     ),
+    "halfbyte HalfbyteConfig bfloat16": (PLAIN, ["--kind", "config", "--dtype", "bfloat16"]),
     "halfbyte nf4, head too, bfloat16": (DROP_IN, ["--kind", "nf4", "--head", *BF16]),
     "llama.cpp Q4_0": (PLAIN, ["--kind", "llama.cpp"]),
 }  # fmt: skip
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: a code, and a float32 scale for 64
+MODELS = ("bundled", "random")
 COSINE_TOKENS, DECODE_PROMPT = 32, 16
 SLOW_LOAD = 10.0  # seconds; what takes longer is not repeated
 
@@ -179,7 +185,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(names: list[str], options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+def heat(names: list[str], options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
     """One heat: loads one after the other, then takes turns. The results, in the order of `names`."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         everyone: list[Contestant] = []
@@ -189,7 +195,7 @@ def run(names: list[str], options: argparse.Namespace, model: Path) -> list[dict
             everyone.append(one)
             one.load(options.loads)
             one.ask("generate", DECODE_PROMPT, 3, 60.0)  # warms up
-            loads, ready = (", ".join(f"{s:.2f}" for s in one.result[key]) for key in ("load", "ready"))
+            loads, ready = (", ".join(map(seconds, one.result[key])) for key in ("load", "ready"))
             print(f"{name}: load {loads} s, ready {ready} s", file=sys.stderr, flush=True)
             path = Path(scratch, "logits")
             one.ask("logits", COSINE_TOKENS, str(path))
@@ -202,7 +208,7 @@ def run(names: list[str], options: argparse.Namespace, model: Path) -> list[dict
                 rate = 1 / statistics.median(answer["seconds"])
                 prompt = one.result["prefill"][-1]
                 print(
-                    f"{turn + 1}. {one.name}: {rate:.2f} tok/s, prompt {prompt:.2f} s",
+                    f"{turn + 1}. {one.name}: {rate:.2f} tok/s, prompt {seconds(prompt)} s",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -220,6 +226,10 @@ def add_cosines(results: list[dict[str, Any]]) -> None:
         result["cosine"] = float(mine @ reference / (np.linalg.norm(mine) * np.linalg.norm(reference)))
 
 
+def seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, as it stands in docs/performance.md."""
     lines = [
@@ -228,8 +238,8 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         cells = (
-            f"{r['load_seconds']:.2f}", f"{r['ready_seconds']:.2f}", f"{r['tokens_per_second']:.1f}",
-            f"{r['floor_seconds'] / r['token_seconds']:.2f}", f"{r['prefill_seconds']:.2f}",
+            seconds(r["load_seconds"]), seconds(r["ready_seconds"]), f"{r['tokens_per_second']:.1f}",
+            f"{r['floor_seconds'] / r['token_seconds']:.2f}", seconds(r["prefill_seconds"]),
             f"{r['peak_bytes'] / 1e9:.1f}", f"{r['own_bytes'] / 1e9:.1f}",
             f"{r['cosine']:.3f}" if "cosine" in r else "",
         )  # fmt: skip
@@ -237,14 +247,25 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def contest(names: list[str], shape: Shape, options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+    """Everything about one model but its floors. The results, float32 last."""
+    if any(name.startswith("llama.cpp") for name in names):
+        make_gguf(model, shape)
+    heats = [[name for name in names if name.endswith(" float32") == last] for last in (False, True)]
+    results = [result for some in heats for result in heat(some, options, model)]
+    add_cosines(results)
+    return results
+
+
+def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.whole_model", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
-        "--folder", type=Path, help="where the model lies or shall lie (default: a temporary one)"
+        "--folder", type=Path, help="where the random model lies or shall lie (default: a temporary one)"
     )
+    parser.add_argument("--models", default=",".join(MODELS), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="A,B", help="contestants whose names contain A or B")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of prompt and decoding (default 3)")
@@ -256,51 +277,69 @@ def main(arguments: list[str] | None = None) -> int:
         "--seconds", type=float, default=4.0, help="for decoding in a turn, at most (default 4)"
     )
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (default 256)")
-    parser.add_argument("--shape", type=json.loads, default={}, metavar="JSON", help='e.g. {"layers": 2}')
+    parser.add_argument(
+        "--shape", type=json.loads, default={}, metavar="JSON", help='of the random model, e.g. {"layers": 2}'
+    )
     parser.add_argument("--json", type=Path, help="default: build/benchmarks/whole_model.json")
     parser.add_argument("--svg", type=Path, help="default: beside the JSON")
     options = parser.parse_args(arguments)
-    shape, missing = Shape(**options.shape), absent()
-    names = [name for name in chosen(options.only) if name not in missing]
-    if not names:
+    options.names, options.models = chosen(options.only), options.models.split(",")
+    if not options.names:
         parser.error(f"--only: expected part of one of {', '.join(CONTESTANTS)}, got {options.only!r}")
+    if not set(options.models) <= set(MODELS):
+        parser.error(f"--models: expected some of {', '.join(MODELS)}, got {','.join(options.models)!r}")
     if min(options.tokens, options.rounds, options.loads) < 1 or options.tokens < 2:
         parser.error("--rounds and --loads: at least 1, --tokens: at least 2")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = arguments_of(arguments)
+    missing = absent()
+    names = [name for name in options.names if name not in missing]
     threads = {"OMP_NUM_THREADS": str(options.threads), "HALFBYTE_NUM_THREADS": str(options.threads)}
     os.environ.update(threads)
     description = environment.describe() | {
         "isa": _C.cpu_info()["used"],
         "threads": options.threads,
         "versions": versions(),
-        "model": describe(shape),
     }
     environment.print_description(description)
     for name, why in missing.items():
         print(f"{name}: absent, {why}")
+    shapes: dict[str, Shape] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        model = options.folder or Path(scratch, "model")
-        make_model(model, shape)
-        if any(name.startswith("llama.cpp") for name in names):
-            make_gguf(model, shape)
-        before = read_rate(options.threads)
-        heats = [[name for name in names if name.endswith(" float32") == last] for last in (False, True)]
-        results = [result for heat in heats for result in run(heat, options, model)]
-    add_cosines(results)
-    rate = max(before, read_rate(options.threads))
-    for result in results:
-        result |= floor(result["name"], shape, rate)
-    print(f"read {rate:.1f} GB/s; {shape.parameters / 1e9:.2f}B parameters\n{table(results)}")
+        rate = read_rate(options.threads)
+        for which in options.models:
+            if which == "bundled":
+                folder = Path(scratch, "bundled")
+                copy_bundled(folder)
+                shape = Shape.of(folder)
+            else:
+                folder, shape = options.folder or Path(scratch, "random"), Shape(**options.shape)
+                make_model(folder, shape)
+            able = [name for name in names if not (shape.tied and "head too" in name)]
+            shapes[which], results[which] = shape, contest(able, shape, options, folder)
+        rate = max(rate, read_rate(options.threads))
+    print(f"read {rate:.1f} GB/s")
+    for which, shape in shapes.items():
+        for result in results[which]:
+            result |= floor(result["name"], shape, rate)
+        print(f"{which}: {shape.parameters / 1e6:,.1f}M parameters\n{table(results[which])}")
     content = {
         "environment": description,
         "absent": missing,
         "read_gb_per_s": rate,
         "prompt_tokens": options.prompt,
-        "results": results,
+        "models": {which: {"model": describe(shapes[which]), "results": results[which]} for which in shapes},
     }
     path = environment.write_json(options.json, "whole_model", content)
-    picture = options.svg or path.with_suffix(".svg")
-    picture.write_text(whole_model_chart.draw(content))
-    print(f"written: {path} and {picture}")
+    print(f"written: {path}")
+    if "random" in shapes:
+        picture = options.svg or path.with_suffix(".svg")
+        picture.write_text(whole_model_chart.draw(content))
+        print(f"written: {picture}")
     return 0
 
 

@@ -1,4 +1,7 @@
-"""The picture of whole_model.py: `python -m benchmarks.whole_model_chart RESULT.json OUTPUT.svg` draws it again."""
+"""The picture of whole_model.py's large model. It draws one again:
+
+python -m benchmarks.whole_model_chart RESULT.json OUTPUT.svg
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ COLUMNS = (
 
 def draw(content: dict[str, Any]) -> str:
     """An SVG: a row for each contestant, a panel for each figure; beside decoding a line where its floor is."""
-    described, results = content["environment"], content["results"]
+    described, random = content["environment"], content["models"]["random"]
+    results = random["results"]
     step = PANEL + 56
     width, height = LEFT + len(COLUMNS) * step, TOP + len(results) * (BAR + GAP) + 14
-    size, prompt = described["model"]["parameters"] / 1e9, content["prompt_tokens"]
+    size, prompt = random["model"]["parameters"] / 1e9, content["prompt_tokens"]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
         'font-size="13">',

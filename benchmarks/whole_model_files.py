@@ -1,12 +1,14 @@
-"""A Llama of random weights on disk: bfloat16 safetensors shards for transformers, Q4_0 in a GGUF file for llama.cpp.
+"""A Llama on disk: bfloat16 safetensors for transformers, Q4_0 in a GGUF file for llama.cpp.
 
-Both files are the same model: each weight is drawn once, and llama.cpp's file is made from the shards. Making one
-needs 300 MB of memory, whatever its size; 1.2B parameters take half a minute and 3.2 GB of disk.
+Both files are the same model: each weight of a random one is drawn once, and llama.cpp's file is made from the shards,
+as it is from the trained model in tests/data. Making one needs 300 MB of memory, whatever its size; 1.2B parameters
+take half a minute and 3.2 GB of disk.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks import ggml
+from benchmarks import environment, ggml
 
+BUNDLED = environment.ROOT / "tests" / "data" / "tiny-llama"
 SHARD_BYTES = 500_000_000
 SPREAD = 0.02  # standard deviation of the weights, as transformers initializes a Llama
 
@@ -33,6 +36,21 @@ class Shape:
     heads: int = 32
     kv_heads: int = 8
     vocabulary: int = 32000
+    tied: bool = False  # the head is the embedding
+
+    @classmethod
+    def of(cls, folder: Path) -> Shape:
+        """Of the Llama in `folder`."""
+        config = json.loads((folder / "config.json").read_text())
+        return cls(
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            vocabulary=config["vocab_size"],
+            tied=config["tie_word_embeddings"],
+        )
 
     @property
     def head_size(self) -> int:
@@ -62,7 +80,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self.linear_weights + 2 * self.head_weights + (2 * self.layers + 1) * self.hidden
+        return self.linear_weights + (2 - self.tied) * self.head_weights + (2 * self.layers + 1) * self.hidden
 
     def config(self) -> dict[str, Any]:
         """config.json."""
@@ -80,7 +98,7 @@ class Shape:
             "rms_norm_eps": 1e-5,
             "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.tied,
             "bos_token_id": None,
             "eos_token_id": None,  # nothing ends a text early
             "dtype": "bfloat16",
@@ -94,7 +112,8 @@ class Shape:
             yield f"model.layers.{i}.input_layernorm.weight", (self.hidden,)
             yield f"model.layers.{i}.post_attention_layernorm.weight", (self.hidden,)
         yield "model.norm.weight", (self.hidden,)
-        yield "lm_head.weight", (self.vocabulary, self.hidden)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
 
 
 def make_model(folder: Path, shape: Shape) -> None:
@@ -128,6 +147,23 @@ def make_model(folder: Path, shape: Shape) -> None:
     (folder / "config.json").write_text(config)
 
 
+def copy_bundled(folder: Path) -> None:
+    """The trained model of tests/data (2.9 million parameters), where files can be laid beside it."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(BUNDLED / name, folder)
+
+
+def shards(folder: Path) -> dict[str, str]:
+    """In which file each tensor is."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return found
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
 def interleave_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of q_proj or k_proj in llama.cpp's order: it rotates neighbours where transformers rotates halves."""
     rows, depth = weight.shape
@@ -157,7 +193,7 @@ def make_gguf(folder: Path, shape: Shape) -> Path:
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.layers)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    index = shards(folder)
     kinds: dict[str, Any] = {}
     for name, size in shape.tensors():
         translated = names.get_name(name, try_suffixes=(".weight",))

@@ -1,9 +1,10 @@
-"""One contestant of whole_model.py: transformers' `generate`, as anybody calls it. It knows nothing of halfbyte.
+"""One contestant of whole_model.py: transformers' `generate`, as anybody calls it.
 
-    python whole_model_worker.py MODEL --kind dense|nf4 --dtype bfloat16 --compute float32
+    python whole_model_worker.py MODEL --kind dense|nf4|config --dtype bfloat16 --compute float32
 
-With `halfbyte run` in front, the 4-bit layers are halfbyte's. Commands come as lines of JSON on standard input, answers
-go to standard output: load, logits, generate, prefill, memory.
+nf4 is bitsandbytes' configuration; with `halfbyte run` in front the layers are halfbyte's, and nothing here knows it.
+config is HalfbyteConfig with its defaults. Commands come as lines of JSON on standard input, answers go to standard
+output: load, logits, generate, prefill, memory.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Torch:
         elif args.kind == "config":
             from halfbyte.integrations.transformers import HalfbyteConfig
 
-            self.arguments["quantization_config"] = HalfbyteConfig("nf4", compute_dtype=compute)
+            self.arguments["quantization_config"] = HalfbyteConfig()
         self.of = LlamaForCausalLM
         self.model: Any = None
 
@@ -74,7 +75,9 @@ class Torch:
         gc.collect()
         began = time.perf_counter()
         self.model = self.of.from_pretrained(self.args.model, **self.arguments)
-        return {"seconds": time.perf_counter() - began}
+        seconds = time.perf_counter() - began
+        self.model.generation_config.eos_token_id = None  # nothing ends a text early
+        return {"seconds": seconds}
 
     def _tokens(self, count: int) -> Any:
         return self.torch.tensor([random_tokens(count, self.model.config.vocab_size)])
@@ -200,7 +203,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--kind", choices=("dense", "nf4", "config", "llama.cpp"), required=True)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--compute", default="bfloat16")
+    parser.add_argument("--compute", default="bfloat16", help="of nf4; config: as the model, the default")
     parser.add_argument("--head", action="store_true", help="quantize the head too")
     args = parser.parse_args()
     began = time.perf_counter()

@@ -30,14 +30,21 @@ def whole_model(target, *arguments):
 
 @pytest.mark.no_asan  # subprocesses with torch
 @pytest.mark.timeout(600)
-def test_everyone_computes_the_same_model(tmp_path):
+@pytest.mark.parametrize("which", ["bundled", "random"])
+def test_everyone_computes_the_same_model(tmp_path, which):
     target = tmp_path / "whole.json"
-    done = whole_model(target, "--only", "dense float32,halfbyte nf4 bfloat16,llama")
+    names = {"dense float32", "halfbyte HalfbyteConfig bfloat16", "llama.cpp Q4_0"}
+    done = whole_model(target, "--models", which, "--only", ",".join([*names, "head too"]))
     assert done.returncode == 0, done.stderr
     content = json.loads(target.read_text())
-    results = {r["name"]: r for r in content["results"]}
-    expected = {"dense float32", "halfbyte nf4 bfloat16", "llama.cpp Q4_0"} - set(content["absent"])
-    assert set(results) == expected and content["environment"]["model"]["layers"] == 2
+    model = content["models"][which]
+    results = {r["name"]: r for r in model["results"]}
+    if which == "bundled":  # its head is its embedding
+        assert model["model"]["parameters"] == 2_885_888 and model["model"]["tied"]
+    else:
+        names.add("halfbyte nf4, head too, bfloat16")
+        assert model["model"]["layers"] == 2
+    assert set(content["models"]) == {which} and set(results) == names - set(content["absent"])
     for name, result in results.items():
         assert all(result[figure] > 0 for figure in FIGURES), name
         assert len(result["decode"]) >= 2 and len(result["load"]) == len(result["prefill"]) == 1
@@ -46,8 +53,9 @@ def test_everyone_computes_the_same_model(tmp_path):
         # heads or a missing layer makes them independent, cosine 0.00 +- 0.04.
         assert result["cosine"] > 0.9, name
     assert results["dense float32"]["cosine"] == pytest.approx(1, abs=1e-6)
-    drawing = ET.parse(target.with_suffix(".svg")).getroot()
-    assert drawing.tag.endswith("svg") and "halfbyte nf4 bfloat16" in "".join(drawing.itertext())
+    if which == "random":
+        drawing = ET.parse(target.with_suffix(".svg")).getroot()
+        assert drawing.tag.endswith("svg") and "HalfbyteConfig" in "".join(drawing.itertext())
 
 
 def test_absent_contestants_are_named(tmp_path):
