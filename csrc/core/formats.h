@@ -3,6 +3,7 @@
 #define HB_CORE_FORMATS_H
 
 #include "core/dtype.h"
+#include "core/integers.h"
 
 typedef enum {
 #define HB_CODEBOOK(id, name, values, ranks, thresholds, nan_code) id,
@@ -53,11 +54,6 @@ static inline float hb_inverse_scale(float scale)
 {
     const float inverse = 1.0f / scale;
     return scale == 0.0f ? 0.0f : inverse == 0.0f ? 0x1p-149f : inverse;
-}
-
-static inline int64_t hb_ceil_div(int64_t n, int64_t d)
-{
-    return n / d + (n % d != 0);
 }
 
 #endif

@@ -3,8 +3,8 @@
 // Two ways to multiply. "dot", for a few rows of x: decode weights in registers, multiply at once,
 // x brought once per call into the order in which the decoder yields weights. "panel", for many:
 // decode a block of weights to a small panel, multiply it with all rows of x by a register tile.
-// linear_4bit.c chooses, splits and stores; kernels never see strides of x or y, ends of rows that
-// are no multiple of 32, or nested scales.
+// linear_4bit.c chooses, linear4_*.c split and store; kernels never see strides of x or y, ends of
+// rows that are no multiple of 32, or nested scales.
 //
 // A set's functions belong together: the layout of permuted x is known only inside the set. An ISA
 // replaces a whole set, or copies the set below and replaces some functions where layouts agree.

@@ -66,6 +66,18 @@ void hb_matrix_gather_row(const hb_matrix *m, int64_t row, void *target)
     }
 }
 
+const void *hb_matrix_rows(const hb_matrix *m, int64_t begin, int64_t n, void *target,
+                           int64_t *stride)
+{
+    if (hb_matrix_rows_are_regular(m, begin, n, stride))
+        return hb_matrix_element(m, hb_matrix_row_offset(m, begin));
+    *stride = m->cols;
+    const int64_t row_bytes = m->cols * (int64_t)hb_dtype_bytes(m->view->dtype);
+    for (int64_t i = 0; i < n; i++)
+        hb_matrix_gather_row(m, begin + i, (unsigned char *)target + i * row_bytes);
+    return target;
+}
+
 void hb_matrix_finish(const hb_kernels_linear4 *kernels, const hb_matrix *y, int64_t row,
                       int64_t begin, int64_t n, const float *sums, const float *bias)
 {
@@ -124,4 +136,25 @@ hb_status hb_matrix_check_views(const hb_view *x, int64_t x_cols, const char *x_
                  "%s: %s, expected size %" PRId64 " in dimension %d like %s, got %" PRId64,
                  function, y_name, x->shape[d], d, x_name, y->shape[d]);
     return HB_OK;
+}
+
+hb_status hb_matrix_check_bias(const hb_view *bias, int64_t n, const char *function,
+                               hb_error *error)
+{
+    HB_TRY(hb_matrix_check_view(bias, function, "bias", error));
+    HB_CHECK(error, bias->ndim == 1 && bias->shape[0] == n, HB_ERR_VALUE,
+             "%s: bias, expected shape [%" PRId64 "], got %d dimensions of %" PRId64 " elements",
+             function, n, bias->ndim, hb_view_numel(bias));
+    return HB_OK;
+}
+
+bool hb_matrix_bias_is_plain(const hb_view *bias)
+{
+    return bias->dtype == HB_F32 && (bias->stride[0] == 1 || bias->shape[0] <= 1);
+}
+
+void hb_matrix_copy_bias(const hb_view *bias, float *target)
+{
+    for (int64_t i = 0; i < bias->shape[0]; i++)
+        target[i] = hb_load_f32(bias->data, i * bias->stride[0], bias->dtype);
 }

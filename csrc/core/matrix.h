@@ -22,10 +22,21 @@ unsigned char *hb_matrix_element(const hb_matrix *m, int64_t offset);
 bool hb_matrix_rows_are_regular(const hb_matrix *m, int64_t begin, int64_t n, int64_t *stride);
 // Copies row `row` to contiguous memory; 16- and 32-bit elements.
 void hb_matrix_gather_row(const hb_matrix *m, int64_t row, void *target);
+// Rows [begin, begin + n), each contiguous and *stride elements from the next: in place where they
+// are regular, else copied to `target`.
+const void *hb_matrix_rows(const hb_matrix *m, int64_t begin, int64_t n, void *target,
+                           int64_t *stride);
 // y[row, begin + i] = sums[i] + bias[i], rounded once, i < n <= HB_LINEAR4_MAX_TILE_COLS. bias
 // NULL: 0. sums 64-byte aligned.
 void hb_matrix_finish(const hb_kernels_linear4 *kernels, const hb_matrix *y, int64_t row,
                       int64_t begin, int64_t n, const float *sums, const float *bias);
+
+// The bias of n outputs has an io dtype, one dimension and n elements.
+hb_status hb_matrix_check_bias(const hb_view *bias, int64_t n, const char *function,
+                               hb_error *error);
+// Is it an array of float32 as it is? (Else: copied as one.)
+bool hb_matrix_bias_is_plain(const hb_view *bias);
+void hb_matrix_copy_bias(const hb_view *bias, float *target);
 
 // `name` is an io dtype with at least one dimension, contiguous unless on the CPU.
 hb_status hb_matrix_check_view(const hb_view *view, const char *function, const char *name,

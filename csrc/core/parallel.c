@@ -17,6 +17,7 @@
 #include "core/parallel.h"
 
 #include "core/crowd.h"
+#include "core/integers.h"
 #include "core/openmp.h"
 #include "core/team.h"
 #include "core/thread_count.h"
@@ -124,16 +125,6 @@ static void judge(hb_pool *pool, const hb_job_slot *slot, const caller_part *par
     hb_crowd_judge(&pool->crowd, hb_pool_threads(pool), hb_now_ns(), late, gain);
 }
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t most(int64_t a, int64_t b)
-{
-    return a < b ? b : a;
-}
-
 static void run_job(hb_pool *pool, hb_team *team, int lanes, int64_t n_chunks, hb_chunk_fn fn,
                     void *arg)
 {
@@ -145,7 +136,7 @@ static void run_job(hb_pool *pool, hb_team *team, int lanes, int64_t n_chunks, h
     hb_team_wait(team, slot);
     const int64_t waited = hb_now_ns() - part.left_ns;
     hb_team_withdraw(team);
-    judge(pool, slot, &part, least(waited, atomic_load(&slot->absent_ns)));
+    judge(pool, slot, &part, hb_least(waited, atomic_load(&slot->absent_ns)));
 }
 
 // For the caller alone, where others would only make it wait, unless it is long.
@@ -226,8 +217,8 @@ static void run_borrowed(hb_pool *pool, hb_team *team, int lanes, int64_t n_chun
     pool->watched_ns = 0;
     // The caller waited for the last unit, perhaps because its thread was absent, and then for
     // threads that had nothing to do but to come.
-    const int64_t left = job.part.left_ns, done = most(atomic_load(&job.slot->done_ns), left);
-    const int64_t absent = least(done - left, atomic_load(&job.slot->absent_ns));
+    const int64_t left = job.part.left_ns, done = hb_most(atomic_load(&job.slot->done_ns), left);
+    const int64_t absent = hb_least(done - left, atomic_load(&job.slot->absent_ns));
     judge(pool, job.slot, &job.part, hb_now_ns() - done + absent);
 }
 

@@ -22,8 +22,6 @@ HERE = Path("tests/lint")
 LARGE: dict[str, str] = {
     "tests/py/test_tensor_exchange.py": "one producer made of ctypes serves every case",
     "tests/compat/test_functional_bitsandbytes.py": "one comparison of all functions, with helpers that they share",
-    "csrc/core/linear_4bit.c": "dot, panels and shared panels are one product over one scratch",
-    "csrc/core/linear_8bit.c": "three products share one plan of tiles, scratch and outlier columns",
 }
 
 

@@ -1,0 +1,140 @@
+// 4-bit products of many rows of x: panels of decoded weights, which a register tile multiplies.
+#include "core/linear4.h"
+
+static unsigned char *shared_panel(const hb_product4 *p, int64_t out, int64_t step)
+{
+    const hb_linear4_set *set = p->set;
+    return p->shared + out / set->tile_cols * p->shared_stride + hb_linear4_panel_bytes(set, step);
+}
+
+// Forward: one panel, all steps. Backward: HB_LINEAR4_SHARED_STEPS steps of all panels, so that
+// scales and cache lines of a row are used up at once.
+static void decode_shared(const hb_product4 *p, int64_t chunk, float *scales)
+{
+    const hb_linear4_set *set = p->set;
+    if (p->backward) {
+        int64_t step = chunk * HB_LINEAR4_SHARED_STEPS,
+                n_steps = hb_least(HB_LINEAR4_SHARED_STEPS, p->steps - step);
+        if (p->expand) hb_product4_expand_scales(p, step, n_steps, scales);
+        for (int64_t out = 0; out < p->outputs; out += set->tile_cols)
+            hb_product4_decode_panel(p, out, hb_least(set->tile_cols, p->outputs - out), step,
+                                     n_steps, scales, step, shared_panel(p, out, step));
+        return;
+    }
+    int64_t out = chunk * set->tile_cols, n_out = hb_least(set->tile_cols, p->outputs - out);
+    if (p->expand) hb_product4_expand_scales(p, out, n_out, scales);
+    for (int64_t step = 0; step < p->steps; step += set->panel_steps)
+        hb_product4_decode_panel(p, out, n_out, step, hb_least(set->panel_steps, p->steps - step),
+                                 scales, 0, shared_panel(p, out, step));
+}
+
+int64_t hb_product4_shared_chunks(const hb_product4 *p)
+{
+    if (p->m_begin > 0) return 0;
+    return p->backward ? hb_ceil_div(p->steps, HB_LINEAR4_SHARED_STEPS)
+                       : hb_ceil_div(p->outputs, p->set->tile_cols);
+}
+
+static void multiply_panel(const hb_product4 *p, int64_t out, int64_t tile_begin, int64_t tile_end,
+                           unsigned char *scratch)
+{
+    const hb_linear4_set *set = p->set;
+    const int64_t cols = set->tile_cols;
+    float *sums = (float *)(scratch + p->sums_at);
+    float *scales = p->all_scales != NULL ? p->all_scales : (float *)(scratch + p->scales_at);
+    int64_t n_out = hb_least(cols, p->outputs - out);
+    int64_t tile_sums = set->tile_rows * cols;
+
+    if (!p->share && p->expand && !p->backward && p->blocksize > 0)
+        hb_product4_expand_scales(p, out, n_out, scales);
+    if (p->steps == 0)
+        memset(sums, 0, (size_t)((tile_end - tile_begin) * tile_sums) * sizeof(float));
+    for (int64_t step = 0; step < p->steps; step += set->panel_steps) {
+        int64_t n_steps = hb_least(set->panel_steps, p->steps - step);
+        const unsigned char *panel = scratch;
+        if (p->share)
+            panel = shared_panel(p, out, step);
+        else
+            hb_product4_decode_panel(p, out, n_out, step, n_steps, scales, 0, scratch);
+        if (set->begin != NULL) set->begin();
+        for (int64_t t = tile_begin; t < tile_end; t++) {
+            int n_x = (int)hb_least(set->tile_rows, p->m_count - t * set->tile_rows);
+            const unsigned char *packed =
+                p->packed + t * p->packed_stride + hb_linear4_tile_bytes(set, step);
+            set->tile(packed, panel, n_steps, n_x, step > 0, sums + (t - tile_begin) * tile_sums);
+        }
+        if (set->end != NULL) set->end();
+    }
+    int64_t m_end = hb_least(tile_end * set->tile_rows, p->m_count);
+    for (int64_t m = tile_begin * set->tile_rows; m < m_end; m++) {
+        const float *row = sums + (m - tile_begin * set->tile_rows) * cols;
+        _Alignas(64) float natural[HB_LINEAR4_MAX_TILE_COLS];
+        if (p->rounded != NULL) {
+            const float unscale = p->rounded->step * 0x1p7f;
+            for (int64_t c = 0; c < cols; c++) natural[c] = row[c] * unscale;
+            row = natural;
+        }
+        if (p->backward && !set->columns_in_order) {
+            for (int64_t c = 0; c < cols; c++) natural[set->column_order[c]] = row[c];
+            row = natural;
+        }
+        hb_product4_store(p, p->m_begin + m, out, n_out, row);
+    }
+}
+
+int64_t hb_product4_panel_group(const hb_product4 *p)
+{
+    // Backward, two panels share each cache line of W: keep them on one thread.
+    return p->backward && !p->share ? 2 * p->set->tile_cols : p->set->tile_cols;
+}
+
+void hb_product4_panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const hb_product4 *p = arg;
+    unsigned char *scratch = p->lanes + lane * p->lane_bytes;
+    int64_t n_tiles = hb_ceil_div(p->m_count, p->set->tile_rows);
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        int64_t out_begin = chunk / p->m_chunks * hb_product4_panel_group(p);
+        int64_t out_end = hb_least(out_begin + hb_product4_panel_group(p), p->outputs);
+        int64_t tile_begin = chunk % p->m_chunks * p->tiles_per_chunk;
+        int64_t tile_end = hb_least(tile_begin + p->tiles_per_chunk, n_tiles);
+        for (int64_t out = out_begin; out < out_end; out += p->set->tile_cols)
+            multiply_panel(p, out, tile_begin, tile_end, scratch);
+    }
+}
+
+void hb_product4_pack_tiles(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const hb_product4 *p = arg;
+    const int64_t bytes = (int64_t)hb_dtype_bytes(p->x.view->dtype);
+    (void)lane;
+    for (int64_t t = begin; t < end; t++) {
+        const int64_t m = t * p->set->tile_rows;
+        const int n_x = (int)hb_least(p->set->tile_rows, p->m_count - m);
+        unsigned char *target = p->gathered == NULL ? NULL : p->gathered + m * p->steps * bytes;
+        int64_t stride;
+        const void *rows = hb_matrix_rows(&p->x, p->m_begin + m, n_x, target, &stride);
+        p->set->pack_x(rows, p->x.view->dtype, stride, n_x, p->steps,
+                       p->packed + t * p->packed_stride);
+    }
+}
+
+void hb_product4_prepare_shared(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const hb_product4 *p = arg;
+    float *scales = (float *)(p->lanes + lane * p->lane_bytes + p->scales_at);
+    const int64_t n_decode = hb_product4_shared_chunks(p);
+    for (int64_t c = begin; c < hb_least(end, n_decode); c++) decode_shared(p, c, scales);
+    if (end > n_decode)
+        hb_product4_pack_tiles(arg, hb_most(begin, n_decode) - n_decode, end - n_decode, lane);
+}
+
+void hb_product4_expand_all_scales(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const hb_product4 *p = arg;
+    (void)lane;
+    const int64_t row = begin * HB_LINEAR4_SHARED_STEPS,
+                  row_end = hb_least(end * HB_LINEAR4_SHARED_STEPS, p->steps);
+    hb_product4_expand_scales(p, row, row_end - row,
+                              p->all_scales + row * (p->outputs / p->blocksize));
+}
