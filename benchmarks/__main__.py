@@ -23,9 +23,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import environment
+from halfbyte.bench import environment
 
-sys.path.insert(0, str(environment.ROOT / "tests" / "c"))
+from .output import ROOT, write_json
+
+sys.path.insert(0, str(ROOT / "tests" / "c"))
 import build
 
 Row = dict[str, Any]
@@ -116,12 +118,12 @@ def measure(arguments: list[str]) -> int:
         "isa": rulers[0]["isa"],
         "threads": sorted({row["threads"] for row in rows}),
     }
-    environment.print_description(description)
+    print("\n".join(environment.lines_of(description)), flush=True)
     print_table(
         rulers + rows, max(len(row["name"]) for row in rulers + rows) + (12 if options.kernels else 0)
     )
     result = {"environment": description, "rulers": rulers, "rows": rows}
-    print(f"written: {environment.write_json(options.json, 'kernels', result)}")
+    print(f"written: {write_json(options.json, 'kernels', result)}")
     if not rows:
         print(f"benchmarks: no benchmark's name contains {options.op!r}", file=sys.stderr)
     return 0 if rows else 1

@@ -1,15 +1,7 @@
-// What the machine can do: the rulers that the other benchmarks are read against.
-//
-// - read: sum of all 64-byte words of a buffer far larger than the caches, or of 256 KiB ("L2").
-//   Eight streams with software prefetch: of the ways to read that were tried, the fastest on
-//   pages of 4 KiB, which is what weights lie in. A ruler must not lose to what it measures.
-// - copy: memcpy between two such buffers, bytes read plus bytes written.
-// - fma: independent chains of float32 fused multiply-adds in registers, at the widest vectors.
-// - dot: the same with dot products of bfloat16 (vdpbf16ps) and int8 (vpdpbusd), where the
-// processor
-//   has them.
+// What the machine can do: the rulers of core/ops.h, that the other benchmarks are read against,
+// and copy: memcpy between two buffers far larger than the caches, bytes read plus bytes written.
+// read: from such a buffer, or from 256 KiB ("L2"). fma, dot: multiply-adds in registers.
 #include "check.h"
-#include "machine_loops.h"
 
 #include <stdlib.h>
 
@@ -21,32 +13,11 @@ enum {
     L2_BYTES = 256 << 10
 };
 
-typedef struct {
-    read_fn read;
-    fma_fn fma;
-    const uint8_t *from;
-    uint8_t *to;
-    volatile float sink[64];
-    volatile uint64_t read_sink[64];
-} job;
-
-static void read_pieces(void *arg, int64_t begin, int64_t end, int lane)
-{
-    job *j = arg;
-    j->read_sink[lane & 63] = j->read(j->from + begin * PIECE, (end - begin) * PIECE);
-}
-
 static void copy_pieces(void *arg, int64_t begin, int64_t end, int lane)
 {
-    job *j = arg;
+    uint8_t *const *const from_to = arg;
     (void)lane;
-    memcpy(j->to + begin * PIECE, j->from + begin * PIECE, (size_t)(end - begin) * PIECE);
-}
-
-static void compute(void *arg, int64_t begin, int64_t end, int lane)
-{
-    job *j = arg;
-    j->sink[lane & 63] = j->fma(1000 * (end - begin));
+    memcpy(from_to[1] + begin * PIECE, from_to[0] + begin * PIECE, (size_t)(end - begin) * PIECE);
 }
 
 BENCH_GROUP(machine)
@@ -55,33 +26,28 @@ BENCH_GROUP(machine)
     if (memory == NULL) return;
     memset(memory, 1, DRAM_BYTES);
     hb_pool *pool = c->context->pool;
-    job j = {.read = widest_read(c->flags)};
     for (int threads = 1; threads <= 2; threads++) {
         hb_pool_set_threads(pool, threads);
         CHECK_BENCH(c, b, "machine read DRAM", TURN_BYTES, 0)
-        {
-            j.from = memory + (int64_t)b.copy * TURN_BYTES % DRAM_BYTES;
-            hb_parallel_for(pool, TURN_BYTES / PIECE, read_pieces, &j);
-        }
+        hb_read_memory(c->context, memory + (int64_t)b.copy * TURN_BYTES % DRAM_BYTES, TURN_BYTES);
         CHECK_BENCH(c, b, "machine copy DRAM", 2 * TURN_BYTES, 0)
         {
-            j.from = memory + (int64_t)b.copy * TURN_BYTES % (DRAM_BYTES / 2);
-            j.to = (uint8_t *)(uintptr_t)j.from + DRAM_BYTES / 2;
-            hb_parallel_for(pool, TURN_BYTES / PIECE, copy_pieces, &j);
+            uint8_t *from = memory + (int64_t)b.copy * TURN_BYTES % (DRAM_BYTES / 2);
+            uint8_t *from_to[] = {from, from + DRAM_BYTES / 2};
+            hb_parallel_for(pool, TURN_BYTES / PIECE, copy_pieces, from_to);
         }
-        enum { CALLS = 64, ROUNDS = 1000 };
-        int64_t operations = 0;
-        j.fma = widest_fma(c->flags, &operations);
-        if (j.fma != NULL) CHECK_BENCH(c, b, "machine fma f32", 0, operations * ROUNDS * CALLS)
-        hb_parallel_for(pool, CALLS, compute, &j);
-        j.fma = bf16_dots(c->flags, &operations);
-        if (j.fma != NULL) CHECK_BENCH(c, b, "machine dot bf16", 0, operations * ROUNDS * CALLS)
-        hb_parallel_for(pool, CALLS, compute, &j);
-        j.fma = int8_dots(c->flags, &operations);
-        if (j.fma != NULL) CHECK_BENCH(c, b, "machine dot int8", 0, operations * ROUNDS * CALLS)
-        hb_parallel_for(pool, CALLS, compute, &j);
+        enum { CALLS = 64 };
+        static const char *const names[] = {"machine fma f32", "machine dot bf16",
+                                            "machine dot int8"};
+        for (hb_ruler_kind kind = HB_RULER_F32; kind <= HB_RULER_INT8; kind++) {
+            const int64_t operations = hb_multiply_adds(c->context, kind, CALLS);
+            if (operations == 0) continue;
+            CHECK_BENCH(c, b, names[kind], 0, operations)
+            hb_multiply_adds(c->context, kind, CALLS);
+        }
     }
     hb_pool_set_threads(pool, 1);
-    CHECK_BENCH(c, b, "machine read L2", L2_BYTES, 0) j.read_sink[0] = j.read(memory, L2_BYTES);
+    CHECK_BENCH(c, b, "machine read L2", L2_BYTES, 0)
+    hb_read_memory(c->context, memory, L2_BYTES);
     free(memory);
 }

@@ -33,7 +33,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import environment
+from halfbyte.bench import environment
+
+from .output import write_json
 
 WAYS = {"one thread": None, "own threads": "0", "libgomp": "always", "halfbyte": ""}
 TURN_SECONDS = 2.0
@@ -174,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         "options": {k: str(v) for k, v in vars(options).items()},
         "rows": results,
     }
-    print(f"written: {environment.write_json(options.json, 'contention', content)}")
+    print(f"written: {write_json(options.json, 'contention', content)}")
     return 0
 
 

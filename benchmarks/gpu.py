@@ -41,7 +41,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
-from benchmarks import environment  # noqa: E402
+from benchmarks.output import DEFAULT_JSON, write_json  # noqa: E402
 
 PARTS = ("build", "correct", "layers", "sanitize", "streams", "products", "optimizers", "host", "model")
 SPEED = ("products", "optimizers", "host")
@@ -98,7 +98,7 @@ def build(emulate: bool) -> dict[str, Any]:
 def layers(emulate: bool, remaining: Callable[[], float], only: str = "") -> dict[str, Any]:
     """pytest over the checks of the torch layer, in a process of its own."""
     checks = ROOT / "tests" / "cuda" / "torch_checks"
-    report = environment.DEFAULT_JSON / "layers.xml"
+    report = DEFAULT_JSON / "layers.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     tests = ROOT / "tests"
@@ -206,9 +206,13 @@ def main() -> int:
     if wrong := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(wrong))}")
     parts = options.parts or PARTS
-    result: dict[str, Any] = {"environment": environment.describe(), "device": None, "parts": {}}
+    result: dict[str, Any] = {"environment": None, "device": None, "parts": {}}
     if "build" in parts:
         result["parts"]["build"] = build(options.emulate)
+    # Only now: importing halfbyte needs what has been built.
+    from halfbyte.bench import environment
+
+    result["environment"] = environment.describe()
     from benchmarks import gpu_correct, gpu_device, gpu_floors, gpu_model, gpu_speed, gpu_streams
 
     device = gpu_device.Emulated() if options.emulate else gpu_device.Device()
@@ -230,7 +234,7 @@ def main() -> int:
             result["parts"][name] = {"failed": {name: f"{type(problem).__name__}: {problem}"}}
             print(f"FAIL {name}: {type(problem).__name__}: {problem}")
         result["parts"][name]["part_seconds"] = round(time.monotonic() - begin, 1)
-        environment.write_json(options.json, "gpu", result)
+        write_json(options.json, "gpu", result)
 
     size = options.size or ("tiny" if options.emulate else "full")
     part("correct", lambda left: gpu_correct.run(device, size, left, options.only))
@@ -247,7 +251,7 @@ def main() -> int:
         entries = gpu_floors.propose_entries(result["parts"]["products"]["rows"], device.capability, source)
         result["entries"] = entries
         print("entries for halfbyte/torch/cuda_table.py:\n" + "\n".join(entries))
-    print(f"written: {environment.write_json(options.json, 'gpu', result)}")
+    print(f"written: {write_json(options.json, 'gpu', result)}")
     bad = {name: list(each["failed"]) for name, each in result["parts"].items() if each.get("failed")}
     print("all parts passed" if not bad else f"FAILED: {bad}")
     return 1 if bad else 0

@@ -4,7 +4,7 @@
                                       [--pass forward,dx] [--part I/N] [--seconds S] [--size N] [--json FILE]
 
 NF4 with blocks of 64 against torch in the same dtype: F.linear, and for dx (the backward of a frozen layer) dy @ W;
-4096 outputs, weights from DRAM, calls in turns (contest.py). The last column is our time over torch's, so that 1 or
+4096 outputs, weights from DRAM, calls in turns. The last column is our time over torch's, so that 1 or
 less is the promise kept; with 512 and more rows of float32 the goal is 1.1. All of it takes some minutes: --part 2/4
 measures the second of four parts of about the same length. Results of one machine gather in the JSON file, of a
 repeated cell the last one, each with its revision; the picture beside it is drawn of all of them.
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte import _C
+from halfbyte.bench import chart, environment
 
-from . import chart, environment
+from .output import DEFAULT_JSON, ROOT, write_json
 
 ROWS = "1,2,4,8,16,32,64,128,512,2048"
 CALLS = 12  # of each competitor that a long cell takes, roughly
@@ -87,15 +88,16 @@ def measure_cells(cells: Iterable[Cell], options: argparse.Namespace, threads: i
     """In a process with as many threads: a row for each cell."""
     import torch
 
-    from .contest import Entry, measure
-    from .contests import Bench
+    from halfbyte.bench.compare import Options
+    from halfbyte.bench.contests import Bench
+    from halfbyte.bench.turns import Entry, measure
 
     torch.set_num_threads(threads)
     made: dict[tuple, Any] = {}
     for cell in cells:
         if (cell.depth, cell.dtype) not in made:
             made.clear()
-            shape = argparse.Namespace(size=options.size, depth=cell.depth, seconds=options.seconds)
+            shape = Options((), options.size, cell.depth, options.seconds)
             bench = Bench(shape, threads)
             dtype = getattr(torch, cell.dtype)
             made[cell.depth, cell.dtype] = (
@@ -153,7 +155,7 @@ def gather(path: Path, description: Row, fresh: Row | None) -> Row:
         keys = ("direction", "dtype", "depth", "size", "rows", "threads")
         rows = [row for row in document["rows"] if any(row[key] != fresh[key] for key in keys)]
         document["rows"] = [*rows, fresh | {key: description[key] for key in ("revision", "time")}]
-    environment.write_json(path, "", document)
+    write_json(path, "", document)
     return document
 
 
@@ -184,12 +186,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="default: build/benchmarks/never-slower.json")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    path = options.json or environment.DEFAULT_JSON / "never-slower.json"
+    path = options.json or DEFAULT_JSON / "never-slower.json"
     description = environment.describe() | {"isa": _C.cpu_info()["used"]}
     if options.here:
         run_here(options, path, description)
         return 0
-    environment.print_description(description)
+    print("\n".join(environment.lines_of(description)), flush=True)
     print(
         f"{'':8}{'':9}{'depth':>6}{'rows':>6}{'T':>3}{'nf4 us':>12}{'dense us':>12}{'medians':>9}{'ratio':>8}"
     )
@@ -200,7 +202,7 @@ def main(arguments: list[str]) -> int:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "never-slower", *arguments, "--here"],
         env=environ,
-        cwd=environment.ROOT,
+        cwd=ROOT,
     )
     if done.returncode:
         raise SystemExit(f"benchmarks: never-slower failed with status {done.returncode}")

@@ -44,11 +44,12 @@ from typing import Any
 import numpy as np
 
 from halfbyte import _C
+from halfbyte.bench import environment
+from halfbyte.bench.compare import versions
+from halfbyte.bench.turns import Entry, measure
 
-from . import environment, whole_model_chart
-from .contest import Entry, measure
-from .peers import versions
-from .ruler import Ruler
+from . import whole_model_chart
+from .output import ROOT, write_json
 from .whole_model_files import Shape, copy_bundled, describe, make_gguf, make_model
 
 WORKER = Path(__file__).with_name("whole_model_worker.py")
@@ -97,9 +98,7 @@ class Contestant:
 
     @staticmethod
     def environ() -> dict[str, str]:
-        path = os.pathsep.join(
-            [str(environment.ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+        path = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def _answer(self) -> dict[str, Any]:
@@ -153,9 +152,12 @@ def chosen(only: str) -> list[str]:
 
 def read_rate(threads: int) -> float:
     """GB/s at which `threads` threads read memory that is in no cache, best of a second: the ruler."""
-    ruler, data = Ruler(threads), np.ones(256 << 20, np.uint8)
-    entry = Entry("read", lambda i: ruler.read(data), bytes=data.nbytes)
+    data = np.ones(256 << 20, np.uint8)
+    entry = Entry("read", lambda i: _C.read_memory(data), bytes=data.nbytes)
+    before = _C.get_num_threads()
+    _C.set_num_threads(threads)
     measure([entry], 1.0)
+    _C.set_num_threads(before)
     return data.nbytes / min(entry.samples) / 1e3
 
 
@@ -304,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         "threads": options.threads,
         "versions": versions(),
     }
-    environment.print_description(description)
+    print("\n".join(environment.lines_of(description)), flush=True)
     for name, why in missing.items():
         print(f"{name}: absent, {why}")
     shapes: dict[str, Shape] = {}
@@ -334,12 +336,10 @@ def main(arguments: list[str] | None = None) -> int:
         "prompt_tokens": options.prompt,
         "models": {which: {"model": describe(shapes[which]), "results": results[which]} for which in shapes},
     }
-    path = environment.write_json(options.json, "whole_model", content)
-    print(f"written: {path}")
-    if "random" in shapes:
-        picture = options.svg or path.with_suffix(".svg")
-        picture.write_text(whole_model_chart.draw(content))
-        print(f"written: {picture}")
+    path = write_json(options.json, "whole_model", content)
+    picture = options.svg or path.with_suffix(".svg")
+    picture.write_text(whole_model_chart.draw(content))
+    print(f"written: {path} and {picture}")
     return 0
 
 

@@ -8,12 +8,14 @@
 #include "core/kernels_linear4.h"
 #include "core/kernels_linear8.h"
 #include "core/kernels_optim.h"
+#include "core/kernels_ruler.h"
 
 typedef struct {
     hb_kernels_codec codec;     // quantize / dequantize
     hb_kernels_linear4 linear4; // matrix products with 4-bit weights
     hb_kernels_linear8 linear8; // matrix products with int8 weights
     hb_kernels_optim optim;     // steps of the optimizers
+    hb_kernels_ruler ruler;     // what the machine can do at most
 } hb_kernels;
 
 // Fills the table for a subset of the machine's flags (hb_cpu_detect()).

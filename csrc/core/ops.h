@@ -163,4 +163,17 @@ hb_status hb_optimizer_step(hb_context *context, const hb_device *device, hb_opt
                             const hb_optim_settings *settings, const float *map1, const float *map2,
                             void *workspace, hb_error *error);
 
+// ---- what the machine can do (ruler.c) --------------------------------------------------------
+
+// Reads `bytes`, rounded down to whole pieces of HB_RULER_PIECE, once and as fast as the pool's
+// threads can; returns the sum of their 64-bit words.
+#define HB_RULER_PIECE (1 << 18)
+uint64_t hb_read_memory(hb_context *context, const void *data, int64_t bytes);
+
+typedef enum { HB_RULER_F32, HB_RULER_BF16, HB_RULER_INT8 } hb_ruler_kind;
+// Multiply-adds in registers: `calls` pieces of work, each of some ten thousand vector
+// instructions. Returns the operations, a multiply-add counted as two; 0, without doing anything,
+// where no instruction multiplies this kind.
+int64_t hb_multiply_adds(hb_context *context, hb_ruler_kind kind, int64_t calls);
+
 #endif

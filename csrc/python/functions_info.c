@@ -1,4 +1,4 @@
-// cpu_info, set_num_threads, get_num_threads, build_info.
+// cpu_info, set_num_threads, get_num_threads, build_info, read_memory, multiply_adds.
 #include "python/args.h"
 #include "python/functions.h"
 #include "python/tensor.h"
@@ -108,10 +108,62 @@ static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ign
         hb_numpy_target(), "sanitize", sanitize, "cuda", HB_BUILD_CUDA);
 }
 
+PyDoc_STRVAR(
+    read_memory_doc,
+    "read_memory($module, data, /)\n--\n\n"
+    "Reads a buffer as fast as the threads can and does nothing else: a ruler for kernels. "
+    "Whole pieces of 256 KiB; returns the sum of their 64-bit words modulo 2^64.");
+
+static PyObject *read_memory(PyObject *module, PyObject *data)
+{
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0) return NULL;
+    hb_context *context = &hb_state_of_module(module)->context;
+    uint64_t sum = 0;
+    Py_BEGIN_ALLOW_THREADS
+    sum = hb_read_memory(context, buffer.buf, buffer.len);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&buffer);
+    return PyLong_FromUnsignedLongLong(sum);
+}
+
+PyDoc_STRVAR(multiply_adds_doc,
+             "multiply_adds($module, kind, calls, /)\n--\n\n"
+             "Multiplies in registers as fast as the threads can and does nothing else. kind: "
+             "\"float32\", \"bfloat16\" or \"int8\"; calls: pieces of some ten thousand vector "
+             "instructions. Returns the operations, a multiply-add counted as two; 0 at once where "
+             "the processor has no instruction for that kind.");
+
+static PyObject *multiply_adds(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
+{
+    static const char *const kinds[] = {"float32", "bfloat16", "int8", NULL}; // hb_ruler_kind
+    static const hb_signature signature = {"multiply_adds", 2, 2, 2, 2, {"kind", "calls"}};
+    PyObject *value[2];
+    int kind = 0;
+    int64_t calls = 0;
+    if (hb_parse_args(&signature, args, n_args, NULL, value) < 0 ||
+        hb_arg_choice(signature.function, "kind", value[0], kinds, &kind) < 0 ||
+        hb_arg_int64(signature.function, "calls", value[1], &calls) < 0)
+        return NULL;
+    if (calls < 0 || calls > 1 << 20) {
+        PyErr_Format(PyExc_ValueError, "multiply_adds: calls, expected 0 to %d, got %lld", 1 << 20,
+                     (long long)calls);
+        return NULL;
+    }
+    hb_context *context = &hb_state_of_module(module)->context;
+    int64_t operations = 0;
+    Py_BEGIN_ALLOW_THREADS
+    operations = hb_multiply_adds(context, (hb_ruler_kind)kind, calls);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(operations);
+}
+
 PyMethodDef hb_functions_info[] = {
     {"cpu_info", cpu_info, METH_NOARGS, cpu_info_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"build_info", build_info, METH_NOARGS, build_info_doc},
+    {"read_memory", read_memory, METH_O, read_memory_doc},
+    {"multiply_adds", (PyCFunction)(void (*)(void))multiply_adds, METH_FASTCALL, multiply_adds_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -506,3 +506,12 @@ def get_num_threads() -> int: ...
 def build_info() -> dict[str, Any]:
     """{"compiler": str, "isas": list[str], "dlpack": str, "numpy_target": str, "sanitize": bool, "cuda": str}.
     cuda says for which GPUs the CUDA library was built, or why for none."""
+
+def read_memory(data: _Array, /) -> int:
+    """Reads a buffer as fast as the threads can and does nothing else: a ruler for kernels. Whole pieces of 256 KiB;
+    returns the sum of their 64-bit words modulo 2^64."""
+
+def multiply_adds(kind: Literal["float32", "bfloat16", "int8"], calls: int, /) -> int:
+    """Multiplies in registers as fast as the threads can and does nothing else. calls: pieces of some ten thousand
+    vector instructions. Returns the operations, a multiply-add counted as two; 0 at once where the processor has no
+    instruction for that kind."""

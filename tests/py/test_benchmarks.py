@@ -109,7 +109,7 @@ def test_peers_in_the_cache_and_in_curves(tmp_path, monkeypatch):
         )
         assert ("of_peak" in row) != without, row["name"]
     renamed = [{**row, "title": row["title"].removesuffix(", cached")} for row in result["rows"]]
-    picture = importlib.import_module("benchmarks.chart").many_rows({**result, "rows": renamed})
+    picture = importlib.import_module("halfbyte.bench.chart").many_rows({**result, "rows": renamed})
     assert "torch F.linear bfloat16" in picture
     ElementTree.fromstring(picture)
 
@@ -117,7 +117,7 @@ def test_peers_in_the_cache_and_in_curves(tmp_path, monkeypatch):
 def test_ggml_multiplies(monkeypatch):
     """Its product of Q4_0 weights is that of the weights they stand for, but for x, which it rounds to 8 bits."""
     monkeypatch.syspath_prepend(str(ROOT))
-    ggml = importlib.import_module("benchmarks.ggml")
+    ggml = importlib.import_module("halfbyte.bench.ggml")
     if ggml.installed() is None:
         pytest.skip("llama-cpp-python is not installed")
     library = ggml.Ggml(2)

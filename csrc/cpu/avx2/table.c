@@ -8,4 +8,5 @@ void hb_table_avx2(hb_kernels *kernels)
     hb_linear8_table_avx2(&kernels->linear8);
     hb_optim_table_avx2(&kernels->optim);
     HB_SET_IO(kernels->optim, adam8, dyn8_adam, avx2);
+    hb_ruler_table_avx2(&kernels->ruler);
 }

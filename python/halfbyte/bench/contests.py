@@ -1,10 +1,10 @@
-"""The contests of peers.py, which names them. Run in a process of its own: OMP_NUM_THREADS is set before."""
+"""The contests that need torch, by name. compare.py runs them in a process of their own, OMP_NUM_THREADS set before."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
+import json
 import logging
 import subprocess
 import sys
@@ -18,18 +18,16 @@ import torch
 from torch.nn import functional as F
 
 import halfbyte.torch as ht
-from halfbyte import _C
+from halfbyte import _C, shim
+from halfbyte.bench import ggml, turns
+from halfbyte.bench.compare import Options
+from halfbyte.bench.layers import cache_bytes, peak_of, read_of
+from halfbyte.bench.turns import Entry, Row, measure, rows
 from halfbyte.torch import optim
-
-from . import contest as contests
-from . import ggml
-from .contest import Entry, measure, rows
-from .ruler import Ruler
 
 BLOCKSIZE = 64
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 OPTIMIZER_ELEMENTS = 4_194_304
-Row = dict[str, Any]
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -37,25 +35,17 @@ def bitsandbytes() -> Any:
     """The real package, or None."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
-    return importlib.import_module("bitsandbytes")
-
-
-def cache_bytes() -> int:
-    """Size of the last-level cache; 32 MiB where the system does not say."""
-    sizes = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}.get(text[-1:], 0) if text[-1:] in "KM" else 0)
-    return max(sizes)
+    module = importlib.import_module("bitsandbytes")
+    return None if shim.is_ours(module) else module
 
 
 class Bench:
     """What all contests share: sizes, weights, the ruler."""
 
-    def __init__(self, options: argparse.Namespace, threads: int) -> None:
-        self.rows, self.depth, self.seconds = options.size, options.depth or options.size, options.seconds
+    def __init__(self, options: Options, threads: int) -> None:
+        self.rows, self.depth, self.seconds = options.size, options.depth, options.seconds
         self.cold_bytes = 4 * cache_bytes() if self.rows * self.depth >= 1 << 22 else 0
-        self.threads, self.ruler = threads, Ruler(threads)
+        self.options, self.threads = options, threads
         self.room = np.ones(max(self.cold_bytes, 1 << 24), np.uint8)
         torch.manual_seed(0)
         self.weight = torch.randn(self.rows, self.depth) * 0.02
@@ -68,21 +58,7 @@ class Bench:
 
     def read(self, nbytes: int) -> Entry:
         """The ruler: reads as many bytes, never the same ones soon."""
-        nbytes = max(1 << 18, nbytes >> 18 << 18)
-        places = max(1, len(self.room) // nbytes)
-        return Entry(
-            "read", lambda i: self.ruler.read(self.room[i % places * nbytes :][:nbytes]), bytes=nbytes
-        )
-
-    def peak(self, kind: str) -> Entry | None:
-        """The ruler of arithmetic: "float32", "bfloat16" or "int8"; bfloat16 without its instructions is float32."""
-        if self.ruler.multiply(kind) == 0:
-            return self.peak("float32") if kind == "bfloat16" else None
-        return Entry(
-            f"multiply-add peak {kind}",
-            lambda i: self.ruler.multiply(kind),
-            operations=self.ruler.multiply(kind),
-        )
+        return read_of(self.room, nbytes)
 
     # ---- layers, each a function i -> f(x) with DRAM-cold weights -------------------------------------
 
@@ -273,7 +249,7 @@ def many_rows(
         ]
         if fused is not None:
             rounded.append(entry("bitsandbytes nf4 bfloat16", fused, half, bench, True))
-        read, peak, half_peak = bench.read(nf4[1]), bench.peak("float32"), bench.peak("bfloat16")
+        read, peak, half_peak = bench.read(nf4[1]), peak_of("float32"), peak_of("bfloat16")
         rulers = [read, *(ruler for ruler in (peak, half_peak) if ruler is not None)]
         with torch.no_grad():
             measure([*exact, *rounded, *rulers], bench.seconds)
@@ -304,7 +280,7 @@ def grad_of(bench: Bench, dtype: torch.dtype, name: str) -> list[Row]:
     dense = bench.dense_weight(dtype)
     table: list[Row] = []
     for m in ROW_COUNTS:
-        peak = bench.peak(name)
+        peak = peak_of(name)
         dy = torch.randn(m, bench.rows).to(dtype)
         work = bench.multiply_adds * m
         entries = [
@@ -389,7 +365,7 @@ def int8(bench: Bench, bnb: Any) -> list[Row]:
     take = bench.copies(codes.clone, codes.nbytes)
     table: list[Row] = []
     for m in (1, 8, 64, 512):
-        peak = bench.peak("int8")
+        peak = peak_of("int8")
         x = torch.randn(m, bench.depth)
         q = torch.randint(-127, 128, (m, bench.depth), dtype=torch.int8)
         operations = bench.multiply_adds * m
@@ -445,7 +421,13 @@ def imports(bench: Bench, bnb: Any) -> list[Row]:
     return rows("import", entries, "numpy")
 
 
+def layers(bench: Bench, bnb: Any) -> list[Row]:
+    """The short form of "rows": as many rows of x as the options say, the exact layers and their closest peers."""
+    return many_rows(bench, bnb, bench.options.rows)
+
+
 CONTESTS: dict[str, Callable[[Bench, Any], list[Row]]] = {
+    "layers": layers,
     "one row": one_row,
     "rows": many_rows,
     "cached": cached,
@@ -458,16 +440,20 @@ CONTESTS: dict[str, Callable[[Bench, Any], list[Row]]] = {
 }
 
 
-def run_contests(options: argparse.Namespace, threads: int) -> list[Row]:
-    """All chosen contests with the threads of this process."""
+def run(options: Options, threads: int) -> list[Row]:
+    """The chosen contests with the threads of this process."""
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    contests.pin = options.pin
+    turns.pin = options.pin
     bench, bnb = Bench(options, threads), bitsandbytes()
     table: list[Row] = []
-    for name, contest in CONTESTS.items():
-        if options.part in name:
-            print(f"{threads} threads: {name}", file=sys.stderr, flush=True)
-            table += [{"threads": threads, **row} for row in contest(bench, bnb)]
+    for name in options.contests:
+        print(f"{threads} threads: {name}", file=sys.stderr, flush=True)
+        table += [{"threads": threads, **row} for row in CONTESTS[name](bench, bnb)]
     return table
+
+
+if __name__ == "__main__":
+    found = run(Options(**json.loads(sys.argv[1])), int(sys.argv[2]))
+    Path(sys.argv[3]).write_text(json.dumps(found))

@@ -21,6 +21,7 @@ BURST = 4
 LEAST_SAMPLES = 5
 
 Call = Callable[[int], Any]
+Row = dict[str, Any]
 pin = False  # call keep_apart(); set by the command line
 spare_cpus: set[int] = set()  # what keep_apart() has taken from the main thread
 
@@ -101,16 +102,14 @@ def measure(entries: list[Entry], seconds: float) -> None:
             return
 
 
-def rows(
-    title: str, entries: list[Entry], reference: str | None = None, **limits: Entry | None
-) -> list[dict[str, Any]]:
+def rows(title: str, entries: list[Entry], reference: str | None = None, **limits: Entry | None) -> list[Row]:
     """One row per entry. `ratio` is the reference's 10th percentile over the entry's: above 1, the entry is
     faster; with a reading ruler as reference, the share of read bandwidth. `limits` are rulers: `of_read=ruler`
     gives each entry of bytes a share of that name of the ruler's rate, or each of operations."""
     base = next((e for e in entries if e.name == reference), None)
     table = []
     for entry in entries:
-        row: dict[str, Any] = {
+        row: Row = {
             "title": title,
             "name": entry.name,
             "p10_us": round(entry.p10, 3),

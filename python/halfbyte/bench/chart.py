@@ -1,6 +1,6 @@
-"""Draws results: bars for one row of x, curves of relative times over the rows of x.
+"""Draws results: bars of times, curves of relative times over the rows of x.
 
-python -m benchmarks.chart RESULT.json OUTPUT.svg      one row of peers.json, or never-slower.json
+python -m halfbyte.bench.chart RESULT.json OUTPUT.svg      one row of peers.json, or never-slower.json
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ BAR, GAP, LEFT, WIDTH, TOP = 18, 6, 260, 420, 64
 COLORS = {
     "read": "#9aa0a6",
     "halfbyte": "#1a73e8",
+    "numpy": "#e8710a",
     "torch": "#e8710a",
     "bitsandbytes": "#b5651d",
     "ggml": "#188038",
@@ -23,37 +25,46 @@ COLORS = {
 }
 
 
-def bars(result: dict[str, Any]) -> str | None:
-    """An SVG with one bar per entry of "one row" at the largest number of threads; its length is the time. None when
-    that was not measured, as below."""
+def bars(result: dict[str, Any], titles: Sequence[str] = ("one row",)) -> str | None:
+    """An SVG with one bar per entry of the tables called `titles`, at the largest number of threads; its length is the
+    time, the longest of each table alike. None when nothing of it was measured, as below."""
     described = result["environment"]
     threads = max(described["threads"])
-    rows = [r for r in result["rows"] if r["title"] == "one row" and r["threads"] == threads]
-    if not rows:
+    lines: list[str] = []
+    y = TOP
+    for title in titles:
+        rows = [r for r in result["rows"] if r["title"] == title and r["threads"] == threads]
+        rows = [r for r in rows if not r["name"].startswith("multiply-add peak")]  # no competitor's work
+        if not rows:
+            continue
+        if len(titles) > 1:
+            lines.append(f'<text x="12" y="{y + 8}" font-size="14">{escape(title)}</text>')
+            y += 18
+        rows.sort(key=lambda row: float(row["p10_us"]))
+        longest = max(row["p10_us"] for row in rows)
+        for row in rows:
+            length = max(1.0, row["p10_us"] / longest * WIDTH)
+            color = COLORS.get(row["name"].split()[0], "#5f6368")
+            lines += [
+                f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(row["name"])}</text>',
+                f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{color}"/>',
+                f'<text x="{LEFT + length + 6:.1f}" y="{y + 14}">{row["p10_us"]:,.0f}</text>',
+            ]
+            y += BAR + GAP
+        y += 12
+    if not lines:
         return None
-    rows.sort(key=lambda row: float(row["p10_us"]))
-    longest = max(row["p10_us"] for row in rows)
-    height = TOP + len(rows) * (BAR + GAP) + 12
     size = " x ".join(map(str, described["size"]))
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 120}" height="{height}" '
+    what = "One row through a layer" if titles == ("one row",) else "Layers"
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 120}" height="{y}" '
         'font-family="sans-serif" font-size="13">',
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="12" y="24" font-size="16">One row through a layer of {size}, {threads} threads, weights from '
-        "DRAM</text>",
+        f'<text x="12" y="24" font-size="16">{what} of {size}, {threads} threads, weights from DRAM</text>',
         f'<text x="12" y="44" fill="#5f6368">microseconds, 10th percentile; shorter is better; '
         f"{escape(described['cpu'])}, {described['isa']}</text>",
     ]
-    for i, row in enumerate(rows):
-        y = TOP + i * (BAR + GAP)
-        length = max(1.0, row["p10_us"] / longest * WIDTH)
-        color = COLORS.get(row["name"].split()[0], "#5f6368")
-        lines += [
-            f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(row["name"])}</text>',
-            f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{color}"/>',
-            f'<text x="{LEFT + length + 6:.1f}" y="{y + 14}">{row["p10_us"]:,.0f}</text>',
-        ]
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return "\n".join([*head, *lines, "</svg>"]) + "\n"
 
 
 Curve = dict[int, float]  # relative time by rows of x
@@ -151,7 +162,7 @@ def many_rows(result: dict[str, Any]) -> str | None:
 
 def main() -> int:
     if len(sys.argv) != 3:
-        raise SystemExit("usage: python -m benchmarks.chart RESULT.json OUTPUT.svg")
+        raise SystemExit("usage: python -m halfbyte.bench.chart RESULT.json OUTPUT.svg")
     result = json.loads(Path(sys.argv[1]).read_text())
     draw = never_slower if result["rows"] and "direction" in result["rows"][0] else bars
     drawn = draw(result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -12,16 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_JSON = ROOT / "build" / "benchmarks"
+import halfbyte
+from halfbyte import _C
 
 
-def _first_line(command: list[str]) -> str:
+def _revision() -> str:
+    """The commit that is measured, or the version of an installed package."""
+    root = Path(halfbyte.__file__).parents[2]
+    if not (root / "csrc").is_dir():
+        return halfbyte.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return (done.stdout.splitlines() or ["unknown"])[0]
+        return halfbyte.__version__
+    return (done.stdout.splitlines() or [halfbyte.__version__])[0]
 
 
 def _cpu_model() -> str:
@@ -50,24 +54,19 @@ def describe() -> dict[str, Any]:
         "cpus": _cpus(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "compiler": _first_line([*os.environ.get("CC", "cc").split(), "--version"]),
-        "revision": _first_line(["git", "describe", "--always", "--dirty"]),
+        "compiler": _C.build_info()["compiler"],
+        "revision": _revision(),
         "command": shlex.join([*overrides, *command]),
         "load_average": round(os.getloadavg()[0], 2),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def print_description(description: dict[str, Any]) -> None:
+def lines_of(description: dict[str, Any]) -> list[str]:
+    """What a reader of a table wants to know of it; the description has "isa" as well."""
     d = description
-    print(f"{d['cpu']}, {d['cpus']} CPUs, {d['isa']}, load {d['load_average']}")
-    print(f"{d['compiler']}; {d['system']}; revision {d['revision']}")
-    print(f"$ {d['command']}", flush=True)
-
-
-def write_json(path: Path | None, default: str, result: dict[str, Any]) -> Path:
-    """Writes `result` to `path`, or to build/benchmarks/<default>.json."""
-    target = path or DEFAULT_JSON / f"{default}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    return target
+    return [
+        f"{d['cpu']}, {d['cpus']} CPUs, {d['isa']}, load {d['load_average']}",
+        f"{d['compiler']}; {d['system']}; revision {d['revision']}",
+        f"$ {d['command']}",
+    ]
