@@ -101,6 +101,15 @@ hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, cons
                                     hb_compute compute, const hb_view *dx, void *workspace,
                                     hb_error *error);
 
+// ---- y = x W^T + b, plain W (linear_dense.c) --------------------------------------------------
+
+// For few rows of x: any number is right, but only some, hb_kernels_dense.until, are fast. x [...,
+// depth], w [rows, depth] with contiguous rows at any distance, y [..., rows], all of one dtype;
+// bias [rows] of any io dtype, or NULL. float32 sums (kernels_dense.h has the bound), the bias
+// added, one rounding to y's dtype. The CPU's memory only.
+hb_status hb_linear_dense(hb_context *context, const hb_view *x, const hb_view *w,
+                          const hb_view *bias, const hb_view *y, hb_error *error);
+
 // ---- 8-bit block-wise with a 256-entry map (ops_8bit.c) ---------------------------------------
 
 typedef enum {

@@ -398,6 +398,24 @@ def linear_8bit(
 def linear_8bit_grad_input(
     dy: _Array, codes: _Array, scale: _Array, /, *, out: _Array | None = None
 ) -> _Array: ...
+def linear_dense(
+    x: _Array, weight: _Array, /, bias: _Array | None = None, *, out: _Array | None = None
+) -> _Array:
+    """y = x W^T + b for a plain W, made for few rows of x, which it multiplies at the speed of memory.
+
+    x [..., depth] of any strides, weight [rows, depth] with contiguous rows at any distance -> [..., rows]; all of
+    one dtype, float32, bfloat16 or float16. bias [rows], any of the three. Sums are float32, the bias is added and
+    the result rounded once; csrc/core/kernels_dense.h has the bound of the error. Any number of rows of x is right;
+    linear_dense_rows says up to how many it is fast.
+
+    TypeError: another dtype, or two. ValueError: shapes that do not fit, rows of the weight that are not contiguous,
+    memory of a GPU, an `out` that overlaps an input. BufferError: a read-only `out`.
+    """
+
+def linear_dense_rows(dtype: Any, /) -> int:
+    """Rows of x up to which linear_dense was measured to be no slower than torch's dense product on processors with
+    the instruction set in use; 0 where nobody measured."""
+
 def optimizer_step(
     optimizer: Literal["adam", "ademamix", "momentum", "lion", "rmsprop", "adagrad"],
     tensors: Iterable[tuple[Any, ...]],

@@ -1,0 +1,61 @@
+// Products with plain bfloat16 weights by vdpbf16ps: a load of W, of x and 32 products.
+//
+// Accuracy: kernels_dense.h (depth/16 + 8 here; subnormals are zero). Exact products, as
+// avx512/dense.c has them, take as long up to four rows of x, where memory is the limit, and about
+// twice as long with eight.
+#include "cpu/avx512/io.h"
+
+#define DENSE_INLINE static inline __attribute__((always_inline))
+
+enum { STEP = 64, PARTS = 2, MAX_X = 8, CHAINED_X = 4 };
+typedef __m512i operand;
+typedef __m512 vector;
+
+DENSE_INLINE __mmask32 first_words(int64_t count)
+{
+    return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << (unsigned)count) - 1u;
+}
+
+DENSE_INLINE void load_step(const void *row, int64_t k, int64_t present, hb_dtype io, operand *out)
+{
+    const uint16_t *words = (const uint16_t *)row + k;
+    (void)io;
+    for (int p = 0; p < PARTS; p++)
+        out[p] = present == STEP
+                     ? _mm512_loadu_si512(words + 32 * p)
+                     : _mm512_maskz_loadu_epi16(first_words(present - 32 * p), words + 32 * p);
+}
+
+DENSE_INLINE vector no_sum(void)
+{
+    return _mm512_setzero_ps();
+}
+
+DENSE_INLINE vector add_products(vector sum, operand w, operand x)
+{
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+}
+
+DENSE_INLINE vector add_sums(vector a, vector b)
+{
+    return _mm512_add_ps(a, b);
+}
+
+DENSE_INLINE float total_of(vector sum)
+{
+    return _mm512_reduce_add_ps(sum);
+}
+
+DENSE_INLINE void fetch(const void *address)
+{
+    _mm_prefetch(address, _MM_HINT_NTA);
+}
+
+#include "cpu/dense_loops.h"
+
+DENSE_DOT(bf16, HB_BF16, avx512bf16)
+
+void hb_dense_table_avx512bf16(hb_kernels_dense *kernels)
+{
+    kernels->dot[HB_BF16] = hb_dense_dot_bf16_avx512bf16;
+}
