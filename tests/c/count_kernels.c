@@ -178,6 +178,27 @@ COUNT_GROUP(linear8_counts)
     k->rescale((const int32_t *)(const void *)w, 0.1f, NULL, x, 512, panel);
 }
 
+// ---- products with plain weights ----------------------------------------------------------------
+
+COUNT_GROUP(dense_counts)
+{
+    enum { ROWS = 8, DEPTH = 1024 };
+    const hb_kernels_dense *k = &c->kernels->dense;
+    for (hb_dtype io = HB_F32; io < HB_IO_COUNT; io++) {
+        if (!CHECK_NEW(c, dense.dot[io])) continue;
+        float *values = check_buffer(c, ROWS * DEPTH * 4, CHECK_BEGIN);
+        void *w = check_buffer(c, ROWS * DEPTH * 4, CHECK_BEGIN);
+        float *y = check_buffer(c, (size_t)k->rows * ROWS * 4, CHECK_BEGIN);
+        check_fill_normal(c, values, ROWS * DEPTH, 1.0f);
+        check_convert(values, w, ROWS * DEPTH, io);
+        for (int n_x = 1; n_x <= k->rows; n_x *= 2)
+            CHECK_COUNT(c, named("dense %s, %d of x", hb_dtype_name(io), n_x), ROWS * DEPTH * n_x,
+                        "product")
+        k->dot[io](w, DEPTH, ROWS, DEPTH, w, DEPTH, n_x, y, ROWS);
+        check_release(c);
+    }
+}
+
 // ---- codecs -------------------------------------------------------------------------------------
 
 COUNT_GROUP(codec_counts)

@@ -69,6 +69,7 @@ DENSE_DOT(f16, HB_F16, avx2)
 void hb_dense_table_avx2(hb_kernels_dense *kernels)
 {
     kernels->rows = MAX_X;
+    for (int io = 0; io < HB_IO_COUNT; io++) kernels->until[io] = 8;
     kernels->dot[HB_F32] = hb_dense_dot_f32_avx2;
     kernels->dot[HB_BF16] = hb_dense_dot_bf16_avx2;
     kernels->dot[HB_F16] = hb_dense_dot_f16_avx2;

@@ -62,6 +62,7 @@ DENSE_DOT(f16, HB_F16, avx512)
 void hb_dense_table_avx512(hb_kernels_dense *kernels)
 {
     kernels->rows = MAX_X;
+    for (int io = 0; io < HB_IO_COUNT; io++) kernels->until[io] = 8;
     kernels->dot[HB_F32] = hb_dense_dot_f32_avx512;
     kernels->dot[HB_BF16] = hb_dense_dot_bf16_avx512;
     kernels->dot[HB_F16] = hb_dense_dot_f16_avx512;

@@ -9,6 +9,7 @@ from halfbyte.torch.nn.embedding import (
     StableEmbedding,
 )
 from halfbyte.torch.nn.int8params import Int8Params
+from halfbyte.torch.nn.linear import Linear, use_dense_kernels
 from halfbyte.torch.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from halfbyte.torch.nn.linear8bit import Linear8bitLt
 from halfbyte.torch.nn.outliers import OutlierAwareLinear
@@ -21,6 +22,7 @@ __all__ = [
     "EmbeddingFP4",
     "EmbeddingNF4",
     "Int8Params",
+    "Linear",
     "Linear4bit",
     "Linear8bitLt",
     "LinearFP4",
@@ -28,4 +30,5 @@ __all__ = [
     "OutlierAwareLinear",
     "Params4bit",
     "StableEmbedding",
+    "use_dense_kernels",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from halfbyte import _C
@@ -28,16 +29,20 @@ logger = logging.getLogger(__name__)
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def runs_eagerly(x: Tensor) -> bool:
-    """Whether x is a plain CPU or CUDA tensor and nobody watches: no compiler, tracer or dispatch mode."""
+    """Whether x is a plain CPU or CUDA tensor and nobody watches: no compiler, tracer, dispatch mode, transform of
+    `torch.func` or forward differentiation, whose tensors are plain ones by their type."""
     return (
         not is_compiling()
         and type(x) is Tensor
         and (x.is_cpu or x.is_cuda)
         and not _dispatch_modes()
         and _tracing_state() is None
+        and _transforms() is None
+        and forward_ad._current_level < 0
     )
 
 
