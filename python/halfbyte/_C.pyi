@@ -412,6 +412,10 @@ def linear_dense(
     memory of a GPU, an `out` that overlaps an input. BufferError: a read-only `out`.
     """
 
+def linear_dense_few(x: _Array, weight: _Array, bias: _Array | None, /) -> _Array | None:
+    """linear_dense, or None where the caller's own product is the one to use: more rows of x than
+    linear_dense_rows, or operands that do not fit together."""
+
 def linear_dense_rows(dtype: Any, /) -> int:
     """Rows of x up to which linear_dense was measured to be no slower than torch's dense product on processors with
     the instruction set in use; 0 where nobody measured."""

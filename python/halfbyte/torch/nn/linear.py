@@ -27,17 +27,7 @@ _ROWS = {
 _function_modes = torch._C._len_torch_function_stack
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
-
-
-def _is_plain(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a parameter is an ordinary one of that dtype in memory of the CPU."""
-    return (
-        type(value) is nn.Parameter
-        and value.dtype is dtype
-        and value.is_cpu
-        and value.layout is torch.strided
-        and not (value.requires_grad and _is_grad_enabled())
-    )
+_strided = torch.strided
 
 
 class Linear(nn.Linear):
@@ -52,32 +42,33 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if runs_eagerly(input) and self._is_ours(input):
-                return _C.linear_dense(input, self._parameters["weight"], self._parameters["bias"])
+            result = self._few_rows(input)
+            if result is not None:
+                return result
         return F.linear(input, self.weight, self.bias)
 
     @torch.jit.unused
-    def _is_ours(self, x: Tensor) -> bool:
+    def _few_rows(self, x: Tensor) -> Tensor | None:
+        """The product, or None where torch has to form it."""
+        if not runs_eagerly(x):
+            return None
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if weight is None or (rows := _ROWS.get(weight.dtype)) is None or weight.dim() != 2:
-            return False
-        n_outputs, depth = weight.shape
+        if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
+            return None
         dtype = weight.dtype
-        return (
-            x.dim() > 0
-            and x.shape[-1] == depth
-            and 0 < x.numel() <= rows * depth
-            and x.dtype is dtype
-            and x.is_cpu
-            and x.layout is torch.strided
-            and not x.is_nested
-            and _is_plain(weight, dtype)
-            and weight.stride(1) == 1
-            and (bias is None or (_is_plain(bias, dtype) and bias.shape == (n_outputs,)))
-            and not (x.requires_grad and _is_grad_enabled())
-            and not _function_modes()
-            and not _is_autocast_enabled("cpu")
-        )
+        if dtype not in _ROWS or x.dtype is not dtype or not (x.is_cpu and weight.is_cpu):
+            return None
+        if bias is not None and not (bias.dtype is dtype and bias.is_cpu):
+            return None
+        if _is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return None
+        if _function_modes() or _is_autocast_enabled("cpu") or x.is_nested:
+            return None
+        if x.layout is not _strided or weight.layout is not _strided:
+            return None
+        return _C.linear_dense_few(x, weight, bias)
 
 
 def use_dense_kernels(model: nn.Module, enabled: bool = True) -> int:

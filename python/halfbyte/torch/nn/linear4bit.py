@@ -46,6 +46,18 @@ def runs_eagerly(x: Tensor) -> bool:
     )
 
 
+def refuse_tangent(layer: str, x: Tensor) -> None:
+    """The operators have no forward derivative, and torch would go on as if it were zero."""
+    if (
+        not is_compiling()
+        and forward_ad._current_level >= 0
+        and forward_ad.unpack_dual(x).tangent is not None
+    ):
+        raise NotImplementedError(
+            f"{layer}: x, expected no tangent (forward differentiation is not there), got one"
+        )
+
+
 def cast_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     """The bias in x's dtype. The parameter itself is changed, as callers of bitsandbytes expect."""
     if bias is None or bias.dtype == x.dtype:
@@ -167,6 +179,7 @@ class Linear4bit(Saves4bit, nn.Linear):
             if x.is_cuda:
                 return linear_4bit_cuda(x, weight, state.absmax, *layout, *nested_operands(state))
             return _C.linear_4bit(x, weight, state.absmax, *layout, **nested_statistics(state))
+        refuse_tangent("Linear4bit", x)
         state = repair_quant_state(self)
         bias = cast_bias(self.bias, x)
         return linear_4bit(x, self.weight, state, bias, self._compute(x))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from halfbyte import _C
 from halfbyte.torch.matmul import MatmulLtState, autocast, matmul
 from halfbyte.torch.nn.int8params import Int8Params
-from halfbyte.torch.nn.linear4bit import cast_bias, runs_eagerly
+from halfbyte.torch.nn.linear4bit import cast_bias, refuse_tangent, runs_eagerly
 from halfbyte.torch.ops_8bit import linear_8bit_cuda
 
 # How old files named the layout of the codes; only row-major is still written, or read.
@@ -105,6 +105,7 @@ class Linear8bitLt(nn.Linear):
                 return _C.linear_8bit(x, codes, state.SCB, bias, state.threshold, mode)
             y = linear_8bit_cuda(autocast(x), codes.data, state.SCB, bias, state.threshold, mode)
             return y.to(x.dtype)
+        refuse_tangent("Linear8bitLt", x)
         y = torch.ops.halfbyte.linear_8bit(autocast(x), codes, state.SCB, bias, state.threshold, mode)
         return y.to(x.dtype)
 
