@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .chart import COLORS
+from halfbyte.bench.chart import COLORS
 
 BAR, GAP, LEFT, PANEL, TOP = 18, 6, 290, 150, 84
 COLUMNS = (

@@ -19,9 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks import environment, ggml
+from benchmarks.output import ROOT
+from halfbyte.bench import ggml
 
-BUNDLED = environment.ROOT / "tests" / "data" / "tiny-llama"
+BUNDLED = ROOT / "tests" / "data" / "tiny-llama"
 SHARD_BYTES = 500_000_000
 SPREAD = 0.02  # standard deviation of the weights, as transformers initializes a Llama
 
