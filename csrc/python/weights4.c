@@ -6,6 +6,22 @@
 
 #include "core/ops_cuda.h"
 
+// 1: `value` is a float32 tensor of one element here, read into *result; 0: it is something else.
+static int get_scalar(hb_state *state, const char *function, const char *name, PyObject *value,
+                      float *result)
+{
+    hb_exchange_entry entry;
+    hb_array array = {0};
+    const int found = hb_exchange_find(state, Py_TYPE(value), &entry);
+    if (found <= 0) return found;
+    if (hb_array_get(state, value, function, name, HB_TAKE_BYTES, &array) < 0) return -1;
+    const bool fits = array.view.device.type == HB_CPU && array.type.code == kDLFloat &&
+                      array.type.bits == 32 && hb_view_numel(&array.view) == sizeof *result;
+    if (fits) memcpy(result, array.view.data, sizeof *result);
+    hb_array_release(&array);
+    return fits;
+}
+
 // The offset: a number, or float32 [1]. On CUDA the latter stays where it is: nobody waits for it.
 static int get_offset(hb_state *state, const char *function, PyObject *value, unsigned take,
                       hb_weights4 *weights)
@@ -13,9 +29,13 @@ static int get_offset(hb_state *state, const char *function, PyObject *value, un
     static const char name[] = "nested_offset";
     hb_tensor4 *tensor = &weights->tensor;
     hb_array *array = &weights->nested_offset;
-    if (weights->packed.view.device.type == HB_CPU || value == NULL || PyFloat_Check(value) ||
-        PyLong_Check(value))
+    if (value == NULL || PyFloat_Check(value) || PyLong_Check(value))
         return hb_arg_float(function, name, value, &tensor->nested_offset);
+    if (weights->packed.view.device.type == HB_CPU) {
+        const int read = get_scalar(state, function, name, value, &tensor->nested_offset);
+        if (read != 0) return read < 0 ? -1 : 0;
+        return hb_arg_float(function, name, value, &tensor->nested_offset);
+    }
     if (hb_array_get(state, value, function, name, HB_TAKE_F32 | HB_TAKE_FLAT | take, array) < 0 ||
         hb_check_numel(function, name, array, 1) < 0)
         return -1;

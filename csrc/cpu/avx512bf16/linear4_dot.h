@@ -49,7 +49,8 @@ enum {
     DOT_X_BYTES = 16 << 10, // of x that are used for several rows of W: half an L1 cache
     DOT_GROUP = 16,         // so many rows, where they are not used for all
     DOT_AHEAD = 6144,       // bytes of codes from a multiplication to what is prefetched beside it
-    DOT_AHEAD_ONE = 2048,   // the same for one row of x
+    DOT_AHEAD_ONE = 1024,   // one row of x: the same, behind the rows that are being multiplied,
+    DOT_FAR = 7168,         // and from there to what is fetched into the L2 cache
 };
 
 // Columns that dot takes at once, of a depth: a multiple of 256.
@@ -96,8 +97,10 @@ INLINE void add_scaled(const __m512 *scale, const __m512 *sum, const int rows, c
 // Prefetching: hardware does not follow several short streams; one in the order of addresses it
 // does, and scales, a ninth of all lines, cost as much as they are when only they come late. Where
 // columns are taken in parts the order of addresses is kept for the next group of rows, into the L2
-// cache, otherwise into L1. One row of x: non-temporal, because a token reads every weight once,
-// and what the program does between two layers finds more of its own in the L2 cache.
+// cache, otherwise into L1. One row of x waits for memory most, and L1 has room for fewer requests
+// than the way to memory and back takes: lines come into L2 from far and then into L1, the latter
+// past the rows in hand, or the second row's beginning would be asked for too late. That step is
+// non-temporal, because a token reads every weight once.
 INLINE void dot_some(const hb_matrix4 *w, int64_t first, const uint8_t *ahead,
                      const float *scales_ahead, bool part, int64_t begin, int64_t end,
                      int64_t depth, int64_t blocksize, __m512i codebook, const uint16_t *x,
@@ -128,10 +131,12 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, const uint8_t *ahead,
             for (int i = 0; i < 128; i += 64) {
                 if (part)
                     _mm_prefetch(line + i, _MM_HINT_T1);
-                else if (n_x == 1)
-                    _mm_prefetch(line + i, _MM_HINT_NTA);
-                else
+                else if (n_x > 1)
                     _mm_prefetch(line + i, _MM_HINT_T0);
+                else {
+                    _mm_prefetch(line + i, _MM_HINT_NTA);
+                    _mm_prefetch(line + i + DOT_FAR, _MM_HINT_T1);
+                }
             }
         }
         multiply_words(low, codebook, x + k, x_stride, rows, n_x, false, sum);
@@ -156,7 +161,7 @@ INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t
 {
     const int64_t columns = dot_columns(depth, n_x, sizeof(uint16_t));
     const bool part = columns < depth;
-    const int64_t distance = n_x == 1 ? DOT_AHEAD_ONE : DOT_AHEAD;
+    const int64_t distance = n_x == 1 ? (rows - 1) * w->row_bytes + DOT_AHEAD_ONE : DOT_AHEAD;
     const int64_t group = part ? DOT_GROUP : n_rows;
     for (int64_t g = 0; g < n_rows; g += group) {
         const int64_t row_end = g + group < n_rows ? g + group : n_rows;

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from halfbyte import _C
 from halfbyte.torch._library import autocast_dtype
-from halfbyte.torch.eager_4bit import EagerLinear4bit, nested_operands, nested_statistics
+from halfbyte.torch.eager_4bit import EagerLinear4bit, nested_operands
 from halfbyte.torch.functional import linear_4bit
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
 from halfbyte.torch.nn.saving import Saves4bit
@@ -175,10 +175,22 @@ class Linear4bit(Saves4bit, nn.Linear):
             compute = self._compute(x)
             if torch.is_grad_enabled() and _requires_grad(x, bias):
                 return EagerLinear4bit.apply(x, weight, bias, state, compute)
-            layout = state.quant_type, state.blocksize, state.shape, bias, compute
             if x.is_cuda:
+                layout = state.quant_type, state.blocksize, state.shape, bias, compute
                 return linear_4bit_cuda(x, weight, state.absmax, *layout, *nested_operands(state))
-            return _C.linear_4bit(x, weight, state.absmax, *layout, **nested_statistics(state))
+            if (
+                not state.nested
+            ):  # both calls are written out: to unpack arguments costs as much as to check them
+                return _C.linear_4bit(
+                    x, weight, state.absmax, state.quant_type, state.blocksize, state.shape, bias, compute
+                )
+            outer = state.state2
+            return _C.linear_4bit(
+                x, weight, state.absmax, state.quant_type, state.blocksize, state.shape, bias, compute,
+                nested_absmax=outer.absmax, nested_map=outer.code,
+                nested_offset=0.0 if state.offset is None else state.offset,
+                nested_blocksize=outer.blocksize,
+            )  # fmt: skip
         refuse_tangent("Linear4bit", x)
         state = repair_quant_state(self)
         bias = cast_bias(self.bias, x)
