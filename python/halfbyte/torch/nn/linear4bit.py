@@ -178,9 +178,8 @@ class Linear4bit(Saves4bit, nn.Linear):
             if x.is_cuda:
                 layout = state.quant_type, state.blocksize, state.shape, bias, compute
                 return linear_4bit_cuda(x, weight, state.absmax, *layout, *nested_operands(state))
-            if (
-                not state.nested
-            ):  # both calls are written out: to unpack arguments costs as much as to check them
+            # Both calls are written out: to unpack arguments costs as much as to check them.
+            if not state.nested:
                 return _C.linear_4bit(
                     x, weight, state.absmax, state.quant_type, state.blocksize, state.shape, bias, compute
                 )
