@@ -2,8 +2,8 @@
 // kernels_linear4.h the definition.
 //
 // Three folders compile it, with other instructions for the sums of bytes: HB_DPBUSD(sum, u8, s8)
-// and HB_DPWSSD(sum, s16, s16) where the processor has VNNI, AVX2's vpmaddubsw and vpmaddwd where
-// they are not defined.
+// (named HB_DPBUSD_NAME in assembly) and HB_DPWSSD(sum, s16, s16) where the processor has VNNI,
+// AVX2's vpmaddubsw and vpmaddwd where they are not defined.
 //
 // dot: a load of 32 bytes is a chunk of 64 columns: high nibbles (even columns) and low ones, as
 // bytes of codes, look up 32 integers each.

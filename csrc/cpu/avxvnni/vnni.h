@@ -8,9 +8,11 @@
 #if defined(HB_SIMDE) || defined(HB_EVEX_VNNI)
 #define HB_DPBUSD(sum, u8, s8)   _mm256_dpbusd_epi32(sum, u8, s8)
 #define HB_DPWSSD(sum, s16, t16) _mm256_dpwssd_epi32(sum, s16, t16)
+#define HB_DPBUSD_NAME           "vpdpbusd" // in assembly
 #else
 #define HB_DPBUSD(sum, u8, s8)   _mm256_dpbusd_avx_epi32(sum, u8, s8)
 #define HB_DPWSSD(sum, s16, t16) _mm256_dpwssd_avx_epi32(sum, s16, t16)
+#define HB_DPBUSD_NAME           "%{vex%} vpdpbusd"
 #endif
 
 #endif
