@@ -337,9 +337,11 @@ def main(arguments: list[str] | None = None) -> int:
         "models": {which: {"model": describe(shapes[which]), "results": results[which]} for which in shapes},
     }
     path = write_json(options.json, "whole_model", content)
-    picture = options.svg or path.with_suffix(".svg")
-    picture.write_text(whole_model_chart.draw(content))
-    print(f"written: {path} and {picture}")
+    print(f"written: {path}")
+    if "random" in shapes:
+        picture = options.svg or path.with_suffix(".svg")
+        picture.write_text(whole_model_chart.draw(content))
+        print(f"written: {picture}")
     return 0
 
 
