@@ -84,6 +84,9 @@ typedef void hb_absmax_fn(const void *x, int64_t n, int64_t blocksize, float *ab
 // an odd n the last low nibble is the code of 0.0.
 typedef void hb_encode4_fn(const void *x, int64_t n, hb_format4 format, int64_t blocksize,
                            const float *absmax, uint8_t *packed);
+// Both in one walk: the absmax of each block, and the codes by it.
+typedef void hb_quantize4_fn(const void *x, int64_t n, hb_format4 format, int64_t blocksize,
+                             float *absmax, uint8_t *packed);
 
 // out[i] = value[code of element start + i] * absmax[(start + i) / blocksize], i < n; packed and
 // absmax point at element 0 and block 0. `stream` asks for non-temporal stores (a hint).
@@ -131,6 +134,7 @@ typedef void hb_decode_int8_fn(const int8_t *codes, int64_t n, float scale, void
 typedef struct {
     hb_absmax_fn *absmax[HB_IO_COUNT];
     hb_encode4_fn *encode4[HB_IO_COUNT];
+    hb_quantize4_fn *quantize4[HB_IO_COUNT];
     hb_decode4_fn *decode4[HB_IO_COUNT];
     hb_search4_fn *search4;
     hb_encode8_fn *encode8[HB_IO_COUNT];
@@ -145,6 +149,7 @@ typedef struct {
 #define HB_DECLARE_CODEC_IO(io, isa)                                                               \
     hb_absmax_fn hb_absmax_##io##_##isa;                                                           \
     hb_encode4_fn hb_code4_encode_##io##_##isa;                                                    \
+    hb_quantize4_fn hb_code4_quantize_##io##_##isa;                                                \
     hb_decode4_fn hb_code4_decode_##io##_##isa;                                                    \
     hb_encode8_fn hb_map8_encode_##io##_##isa;                                                     \
     hb_decode8_fn hb_map8_decode_##io##_##isa;                                                     \
@@ -177,6 +182,7 @@ HB_DECLARE_CODEC(neon)
     do {                                                                                           \
         HB_SET_IO(table, absmax, absmax, isa);                                                     \
         HB_SET_IO(table, encode4, code4_encode, isa);                                              \
+        HB_SET_IO(table, quantize4, code4_quantize, isa);                                          \
         HB_SET_IO(table, decode4, code4_decode, isa);                                              \
         (table).search4 = hb_code4_search_##isa;                                                   \
         HB_SET_IO(table, encode8, map8_encode, isa);                                               \

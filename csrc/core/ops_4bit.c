@@ -53,17 +53,23 @@ static void quantize_chunks(void *arg, int64_t begin, int64_t end, int lane)
     const hb_dtype io = job->x->dtype;
     _Alignas(64) uint8_t scratch[HB_PIECE_BYTES];
     int64_t stop = hb_min_i64(end * HB_CHUNK, job->n);
-    for (int64_t first = begin * HB_CHUNK; first < stop; first += HB_PIECE) {
-        int64_t n = hb_min_i64(HB_PIECE, stop - first);
+    const bool search = job->scales == HB_SCALES_SEARCH;
+    const int64_t step = job->contiguous && !search ? HB_CHUNK : HB_PIECE;
+    for (int64_t first = begin * HB_CHUNK; first < stop; first += step) {
+        int64_t n = hb_min_i64(step, stop - first);
         const void *x = hb_piece_in(job->x, job->contiguous, first, n, scratch);
         float *absmax = job->absmax + first / job->blocksize;
-        job->codec->absmax[io](x, n, job->blocksize, absmax);
-        if (job->scales == HB_SCALES_SEARCH) {
-            for (int64_t i = 0; i < n; i += job->blocksize, absmax++)
-                *absmax = search_scale(job, x, i, hb_min_i64(job->blocksize, n - i), *absmax);
-            absmax = job->absmax + first / job->blocksize;
+        uint8_t *packed = job->packed + first / 2;
+        if (!search) {
+            job->codec->quantize4[io](x, n, job->format, job->blocksize, absmax, packed);
+            continue;
         }
-        job->codec->encode4[io](x, n, job->format, job->blocksize, absmax, job->packed + first / 2);
+        job->codec->absmax[io](x, n, job->blocksize, absmax);
+        for (int64_t i = 0; i < n; i += job->blocksize) {
+            float *scale = absmax + i / job->blocksize;
+            *scale = search_scale(job, x, i, hb_min_i64(job->blocksize, n - i), *scale);
+        }
+        job->codec->encode4[io](x, n, job->format, job->blocksize, absmax, packed);
     }
 }
 

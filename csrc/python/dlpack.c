@@ -4,6 +4,7 @@
 // that duty before the producer's capsule is marked as used, so that no failure can fall between
 // the two. For the way out see dlpack_out.c.
 #include "python/tensor.h"
+#include "core/large_pages.h"
 #include "python/args.h"
 #include "python/device.h"
 
@@ -373,6 +374,11 @@ PyObject *hb_exchange_new(const hb_origin *origin, hb_dtype dtype, int ndim, con
     DLManagedTensorVersioned *managed = hb_exchange_allocate(origin, dtype, ndim, shape);
     if (managed == NULL) return NULL;
     *data = (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
+    if (origin->device.type == HB_CPU) {                // NumPy does the same by itself
+        int64_t bytes = (int64_t)hb_dtype_bytes(dtype); // the allocator has found the product small
+        for (int d = 0; d < ndim; d++) bytes *= shape[d];
+        hb_advise_large_pages(*data, bytes);
+    }
     return hb_exchange_to_python(origin->api, managed);
 }
 

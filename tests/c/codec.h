@@ -101,4 +101,41 @@ static inline int64_t codec_all_floats_next(codec_all_floats *walk, float *value
     return i;
 }
 
+// The encoders once more, not from formats.def: NF4 by the constants in bitsandbytes' compiled CUDA
+// code (bits of float32), FP4 as sign and magnitude by the literals of its source. NaN has code 0.
+static inline uint8_t codec4_plain(hb_format4 format, float v)
+{
+    static const uint32_t nf4_limit[15] = {0xbf591cd9, 0xbf1c5270, 0xbeeb8480, 0xbeadea76,
+                                           0xbe703cec, 0xbe0d38bc, 0xbd3a7871, 0x3d22faff,
+                                           0x3df64863, 0x3e5067e0, 0x3e9582d4, 0x3ec753f9,
+                                           0x3f006d03, 0x3f248daf, 0x3f5c89d9};
+    if (isnan(v)) return 0;
+    if (format == HB_NF4) {
+        int code = 0;
+        for (int t = 0; t < 15; t++) code += v > hb_f32_from_bits(nf4_limit[t]);
+        return (uint8_t)code;
+    }
+    static const float limit[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
+                                   0.4166667f,  0.583333f,  0.8333333f};
+    static const uint8_t code_of[8] = {0, 1, 6, 7, 4, 5, 2, 3};
+    int rank = 0;
+    for (int t = 0; t < 7; t++) rank += fabsf(v) > limit[t];
+    return code_of[rank] | (v < 0.0f ? 8 : 0);
+}
+
+static const uint8_t codec4_code_of_zero[HB_CODEBOOK_COUNT] = {7, 0};
+
+static inline void codec4_plain_blocks(const float *x, int64_t n, hb_format4 format,
+                                       int64_t blocksize, const float *absmax, uint8_t *packed)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float inverse = codec_inverse(absmax[i / blocksize]);
+        uint8_t code = codec4_plain(format, x[i] * inverse);
+        if (i % 2 == 0)
+            packed[i / 2] = (uint8_t)(code << 4 | codec4_code_of_zero[format]);
+        else
+            packed[i / 2] = (uint8_t)((packed[i / 2] & 0xf0) | code);
+    }
+}
+
 #endif

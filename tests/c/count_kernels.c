@@ -228,6 +228,9 @@ COUNT_GROUP(codec_counts)
         if (CHECK_NEW(c, codec.encode4[io]))
             CHECK_COUNT(c, named("encode4 nf4 %s", type), N, "element")
         k->encode4[io](x, N, HB_NF4, BLOCKSIZE, absmax, codes);
+        if (CHECK_NEW(c, codec.quantize4[io]))
+            CHECK_COUNT(c, named("quantize4 nf4 %s", type), N, "element")
+        k->quantize4[io](x, N, HB_NF4, BLOCKSIZE, absmax, codes);
         if (CHECK_NEW(c, codec.decode4[io]))
             CHECK_COUNT(c, named("decode4 nf4 %s", type), N, "element")
         k->decode4[io](codes, 0, N, HB_NF4, BLOCKSIZE, absmax, out, false);

@@ -3,43 +3,6 @@
 
 #include <stdio.h>
 
-// The encoders once more, not from formats.def: NF4 by the constants in bitsandbytes' compiled CUDA
-// code (bits of float32), FP4 as sign and magnitude by the literals of its source. NaN has code 0.
-static uint8_t plain_encode(hb_format4 format, float v)
-{
-    static const uint32_t nf4_limit[15] = {0xbf591cd9, 0xbf1c5270, 0xbeeb8480, 0xbeadea76,
-                                           0xbe703cec, 0xbe0d38bc, 0xbd3a7871, 0x3d22faff,
-                                           0x3df64863, 0x3e5067e0, 0x3e9582d4, 0x3ec753f9,
-                                           0x3f006d03, 0x3f248daf, 0x3f5c89d9};
-    if (isnan(v)) return 0;
-    if (format == HB_NF4) {
-        int code = 0;
-        for (int t = 0; t < 15; t++) code += v > hb_f32_from_bits(nf4_limit[t]);
-        return (uint8_t)code;
-    }
-    static const float limit[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
-                                   0.4166667f,  0.583333f,  0.8333333f};
-    static const uint8_t code_of[8] = {0, 1, 6, 7, 4, 5, 2, 3};
-    int rank = 0;
-    for (int t = 0; t < 7; t++) rank += fabsf(v) > limit[t];
-    return code_of[rank] | (v < 0.0f ? 8 : 0);
-}
-
-static const uint8_t code_of_zero[HB_CODEBOOK_COUNT] = {7, 0};
-
-static void plain_encode_blocks(const float *x, int64_t n, hb_format4 format, int64_t blocksize,
-                                const float *absmax, uint8_t *packed)
-{
-    for (int64_t i = 0; i < n; i++) {
-        float inverse = codec_inverse(absmax[i / blocksize]);
-        uint8_t code = plain_encode(format, x[i] * inverse);
-        if (i % 2 == 0)
-            packed[i / 2] = (uint8_t)(code << 4 | code_of_zero[format]);
-        else
-            packed[i / 2] = (uint8_t)((packed[i / 2] & 0xf0) | code);
-    }
-}
-
 CHECK_GROUP_ONCE(codec4_tables)
 {
     for (int f = 0; f < HB_CODEBOOK_COUNT; f++) {
@@ -106,7 +69,7 @@ CHECK_GROUP(codec4_encode)
                         for (int64_t i = 0; i < n_blocks; i++) absmax[i] *= i % 2 ? 0.7f : -0.01f;
                     uint8_t *want = check_buffer(c, bytes, CHECK_END);
                     uint8_t *got = check_buffer(c, bytes, CHECK_END);
-                    plain_encode_blocks(x.values, n, (hb_format4)f, blocksize, absmax, want);
+                    codec4_plain_blocks(x.values, n, (hb_format4)f, blocksize, absmax, want);
                     c->kernels->codec.encode4[io](x.data, n, (hb_format4)f, blocksize, absmax, got);
                     check_equal(c, got, want, bytes, "%s encode %s n=%lld blocksize=%lld",
                                 hb_codebook4_get((hb_format4)f)->name, hb_dtype_name(io),
@@ -171,7 +134,7 @@ CHECK_GROUP(codec4_every_value)
             if (n == 0) break;
             if (io == HB_F32) memcpy(data, values, (size_t)n * 4);
             for (int f = 0; f < HB_CODEBOOK_COUNT; f++) {
-                plain_encode_blocks(values, n, (hb_format4)f, 4096, absmax, want);
+                codec4_plain_blocks(values, n, (hb_format4)f, 4096, absmax, want);
                 c->kernels->codec.encode4[io](data, n, (hb_format4)f, 4096, absmax, got);
                 if (!check_equal(c, got, want, (size_t)(n + 1) / 2, "%s encode %s of all values",
                                  hb_codebook4_get((hb_format4)f)->name, hb_dtype_name(io)))
@@ -257,7 +220,7 @@ CHECK_GROUP(codec4_search)
         for (int64_t k = 0; k < count; k++) {
             error[k] = 0;
             for (int64_t i = 0; i < n; i++) {
-                float q = book->value[plain_encode(format, x[i] * (1.0f / candidates[k]))];
+                float q = book->value[codec4_plain(format, x[i] * (1.0f / candidates[k]))];
                 double d = (double)x[i] - (double)q * candidates[k];
                 error[k] += d * d * (weight ? weight[i] : 1.0);
             }

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import mmap
+import os
 import threading
 import weakref
 
@@ -121,3 +122,31 @@ def test_a_layer_copies_and_pickles_what_it_has_and_no_more():
     assert not torch.equal(twin(x), layer(x))
     twin.weight.data.share_memory_()
     assert twin(x).shape == (1, 1024)
+
+
+def _flags_of(address):
+    """VmFlags of the mapping that holds the address."""
+    inside = False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            words = line.split()
+            if not words[0].endswith(":"):
+                begin, end = (int(part, 16) for part in words[0].split("-"))
+                inside = begin <= address < end
+            elif inside and words[0] == "VmFlags:":
+                return words[1:]
+    raise AssertionError(f"no mapping holds {address:x}")
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a system without large pages"
+)
+def test_large_outputs_ask_for_large_pages(monkeypatch):
+    n = 16 << 20  # 64 MiB: the C library maps so much afresh each time
+    packed, state = functional.quantize_4bit(torch.ones(n), quant_type="nf4")
+    for wish, asked in (("1", True), ("0", False)):
+        monkeypatch.setenv("HALFBYTE_HUGE_PAGES", wish)
+        out = functional.dequantize_4bit(packed, state)
+        assert ("hg" in _flags_of(out.data_ptr() + out.nbytes // 2)) is asked
+        assert (out == 1).all()
+        del out

@@ -5,6 +5,7 @@
 // absmax are rounded once per block and then looked up: float32 in two halves chosen by bit 3,
 // 16-bit results in a plane of low and one of high bytes. Accuracy: bit-equal to the reference.
 #include "cpu/avx2/io.h"
+#include "cpu/quantize4.h"
 
 typedef struct {
     __m256 level0, level1, level2, level3; // thresholds 7; 3 11; 1 5 9 13; 0 2 ... 14
@@ -293,7 +294,8 @@ int64_t hb_code4_search_avx2(const float *x, const float *weight, int64_t n, hb_
                                      void *out, bool stream)                                       \
     {                                                                                              \
         decode_range(packed, start, n, format, blocksize, absmax, out, stream, dtype);             \
-    }
+    }                                                                                              \
+    HB_QUANTIZE4(io, dtype, avx2)
 CODEC4(f32, HB_F32)
 CODEC4(bf16, HB_BF16)
 CODEC4(f16, HB_F16)

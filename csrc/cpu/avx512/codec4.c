@@ -93,24 +93,95 @@ static inline __m256i pack_codes(const encoder *e, const __m512i slot[4])
     return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
+// The largest bit pattern of the magnitudes of count floats, which order like the numbers.
+static inline __m512i largest_bits_f32(const void *x, int64_t i, int64_t end)
+{
+    __m512i a = _mm512_setzero_si512(), b = a;
+    for (; i + 32 <= end; i += 32) {
+        __m512 v0 = magnitude_f32x16(load_f32x16(x, i, HB_F32));
+        __m512 v1 = magnitude_f32x16(load_f32x16(x, i + 16, HB_F32));
+        a = _mm512_max_epi32(a, _mm512_castps_si512(v0));
+        b = _mm512_max_epi32(b, _mm512_castps_si512(v1));
+    }
+    for (; i < end; i += 16) {
+        __m512 v = magnitude_f32x16(load_lanes_f32x16(x, i, first_lanes(end - i), HB_F32));
+        a = _mm512_max_epi32(a, _mm512_castps_si512(v));
+    }
+    return _mm512_max_epi32(a, b);
+}
+
+// The same of 16-bit floats, in the low words of the lanes.
+static inline __m512i largest_bits_16(const void *x, int64_t i, int64_t end)
+{
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    const uint16_t *words = x;
+    __m512i a = _mm512_setzero_si512(), b = a;
+    for (; i + 64 <= end; i += 64) {
+        __m512i v0 = _mm512_and_si512(_mm512_loadu_si512(words + i), magnitude);
+        __m512i v1 = _mm512_and_si512(_mm512_loadu_si512(words + i + 32), magnitude);
+        a = _mm512_max_epu16(a, v0);
+        b = _mm512_max_epu16(b, v1);
+    }
+    for (; i < end; i += 32) {
+        __mmask32 lanes = end - i >= 32 ? 0xffffffff : (1u << (end - i)) - 1;
+        __m512i v = _mm512_and_si512(_mm512_maskz_loadu_epi16(lanes, words + i), magnitude);
+        a = _mm512_max_epu16(a, v);
+    }
+    a = _mm512_max_epu16(a, b);
+    return _mm512_max_epu16(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)),
+                            _mm512_srli_epi32(a, 16));
+}
+
+static inline __m512i largest_bits(const void *x, int64_t i, int64_t end, hb_dtype io)
+{
+    return io == HB_F32 ? largest_bits_f32(x, i, end) : largest_bits_16(x, i, end);
+}
+
+// Lane k: the largest lane of v[k].
+static inline __m512i fold_sixteen(__m512i v[16])
+{
+    for (int k = 0; k < 8; k++)
+        v[k] = _mm512_max_epi32(_mm512_unpacklo_epi32(v[2 * k], v[2 * k + 1]),
+                                _mm512_unpackhi_epi32(v[2 * k], v[2 * k + 1]));
+    // Now each 128-bit lane has what is left of two vectors; soon of four.
+    for (int k = 0; k < 4; k++)
+        v[k] = _mm512_max_epi32(_mm512_unpacklo_epi64(v[2 * k], v[2 * k + 1]),
+                                _mm512_unpackhi_epi64(v[2 * k], v[2 * k + 1]));
+    for (int k = 0; k < 2; k++)
+        v[k] = _mm512_max_epi32(_mm512_shuffle_i32x4(v[2 * k], v[2 * k + 1], 0x88),
+                                _mm512_shuffle_i32x4(v[2 * k], v[2 * k + 1], 0xdd));
+    return _mm512_max_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88),
+                            _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
+}
+
+// The numbers with these bit patterns, and one NaN for all.
+static inline __m512 magnitudes_of_bits(__m512i bits, hb_dtype io)
+{
+    __m512 largest =
+        io == HB_F32 ? _mm512_castsi512_ps(bits) : widen_f32x16(_mm512_cvtepi32_epi16(bits), io);
+    __mmask16 nan = _mm512_cmp_ps_mask(largest, largest, _CMP_UNORD_Q);
+    const __m512 one_nan = _mm512_castsi512_ps(_mm512_set1_epi32(HB_NAN_BITS));
+    return _mm512_mask_mov_ps(largest, nan, one_nan);
+}
+
 static inline void absmax_blocks(const void *x, int64_t n, int64_t blocksize, float *absmax,
                                  hb_dtype io)
 {
-    for (int64_t begin = 0; begin < n; begin += blocksize, absmax++) {
-        int64_t count = n - begin < blocksize ? n - begin : blocksize;
-        int64_t i = begin, end = begin + count;
-        __m512i a = _mm512_setzero_si512(), b = a;
-        for (; i + 32 <= end; i += 32) {
-            __m512 v0 = magnitude_f32x16(load_f32x16(x, i, io));
-            __m512 v1 = magnitude_f32x16(load_f32x16(x, i + 16, io));
-            a = _mm512_max_epi32(a, _mm512_castps_si512(v0));
-            b = _mm512_max_epi32(b, _mm512_castps_si512(v1));
+    int64_t i = 0;
+    // Sixteen blocks at a time: folding one by one takes as long as reading 64 elements.
+    if (blocksize <= 1024)
+        for (; n - i >= 16 * blocksize; absmax += 16) {
+            __m512i bits[16];
+            for (int k = 0; k < 16; k++, i += blocksize)
+                bits[k] = largest_bits(x, i, i + blocksize, io);
+            _mm512_storeu_ps(absmax, magnitudes_of_bits(fold_sixteen(bits), io));
         }
-        for (; i < end; i += 16) {
-            __m512 v = magnitude_f32x16(load_lanes_f32x16(x, i, first_lanes(end - i), io));
-            a = _mm512_max_epi32(a, _mm512_castps_si512(v));
-        }
-        *absmax = largest_of_magnitudes(_mm512_max_epi32(a, b));
+    while (i < n) {
+        const int64_t end = n - i < blocksize ? n : i + blocksize;
+        const int32_t bits = _mm512_reduce_max_epi32(largest_bits(x, i, end, io));
+        const __m512 largest = magnitudes_of_bits(_mm512_set1_epi32(bits), io);
+        *absmax++ = _mm512_cvtss_f32(largest);
+        i = end;
     }
 }
 

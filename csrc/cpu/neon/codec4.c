@@ -5,6 +5,7 @@
 // are rounded once per block, split into planes of equal bytes, looked up plane by plane, and
 // stored interleaved. Accuracy: bit-equal to the reference.
 #include "cpu/neon/io.h"
+#include "cpu/quantize4.h"
 
 typedef struct {
     float32x4_t level0;               // threshold 7
@@ -239,7 +240,8 @@ int64_t hb_code4_search_neon(const float *x, const float *weight, int64_t n, hb_
     {                                                                                              \
         (void)stream;                                                                              \
         decode_range(packed, start, n, format, blocksize, absmax, out, dtype);                     \
-    }
+    }                                                                                              \
+    HB_QUANTIZE4(io, dtype, neon)
 CODEC4(f32, HB_F32)
 CODEC4(bf16, HB_BF16)
 CODEC4(f16, HB_F16)

@@ -11,6 +11,7 @@
 // are those of bitsandbytes' CUDA kernels with IEEE arithmetic instead of fast-math.
 // Accuracy: exact; every other ISA gives the same bits.
 #include "core/kernels.h"
+#include "cpu/quantize4.h"
 
 static void absmax_blocks(const void *x, int64_t n, int64_t blocksize, float *absmax, hb_dtype io)
 {
@@ -107,7 +108,8 @@ int64_t hb_code4_search_ref(const float *x, const float *weight, int64_t n, hb_f
     {                                                                                              \
         (void)stream;                                                                              \
         decode_range(packed, start, n, format, blocksize, absmax, out, dtype);                     \
-    }
+    }                                                                                              \
+    HB_QUANTIZE4(io, dtype, ref)
 CODEC4(f32, HB_F32)
 CODEC4(bf16, HB_BF16)
 CODEC4(f16, HB_F16)

@@ -7,7 +7,7 @@ in pages of 2 MiB the same bytes come a quarter sooner, and 512 page faults less
               ^ each a tensor with a storage of its own; the chunk goes when the last of them has gone
 
 Weights smaller than LEAST_BYTES and systems without that advice get `torch.empty`. `HALFBYTE_HUGE_PAGES=0` switches
-all of it off.
+all of it off, and with it the same advice for large outputs (csrc/core/large_pages.h).
 """
 
 import contextlib

@@ -7,6 +7,7 @@
 #ifndef HB_SIMDE_MISSING_H
 #define HB_SIMDE_MISSING_H
 
+#include <fenv.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -422,6 +423,32 @@ static inline __m256 hb_mm256_fmadd_ps(__m256 va, __m256 vb, __m256 vc)
 }
 #undef _mm256_fmadd_ps
 #define _mm256_fmadd_ps hb_mm256_fmadd_ps
+
+#ifndef _MM_FROUND_TO_NEG_INF
+#define _MM_FROUND_TO_NEG_INF 1
+#endif
+#ifndef _MM_FROUND_NO_EXC
+#define _MM_FROUND_NO_EXC 8
+#endif
+// With a rounding of its own, here downwards or to nearest even.
+static inline __m512 hb_mm512_fmadd_round_ps(__m512 va, __m512 vb, __m512 vc, int rounding)
+{
+    HB_GET_(float, 16, a, va);
+    HB_GET_(float, 16, b, vb);
+    HB_GET_(float, 16, c, vc);
+    const int before = fegetround();
+    if ((rounding & 3) == 1) fesetround(FE_DOWNWARD);
+    HB_FOR_(16)
+    {
+        volatile float factor = a[i]; // computed here and now
+        volatile float sum = fmaf(factor, b[i], c[i]);
+        c[i] = sum;
+    }
+    fesetround(before);
+    HB_RETURN_(__m512, c);
+}
+#undef _mm512_fmadd_round_ps
+#define _mm512_fmadd_round_ps hb_mm512_fmadd_round_ps
 
 static inline void hb_mm512_mask_compressstoreu_epi8(void *p, __mmask64 k, __m512i va)
 {
