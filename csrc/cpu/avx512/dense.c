@@ -50,7 +50,7 @@ DENSE_INLINE float total_of(vector sum)
 
 DENSE_INLINE void fetch(const void *address)
 {
-    _mm_prefetch(address, _MM_HINT_NTA);
+    _mm_prefetch(address, _MM_HINT_T1);
 }
 
 #include "cpu/dense_loops.h"

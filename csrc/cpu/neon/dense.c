@@ -37,7 +37,7 @@ DENSE_INLINE float total_of(vector sum)
 
 DENSE_INLINE void fetch(const void *address)
 {
-    __builtin_prefetch(address, 0, 0);
+    __builtin_prefetch(address, 0, 2); // pldl2keep
 }
 
 #include "cpu/dense_loops.h"

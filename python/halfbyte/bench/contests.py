@@ -27,6 +27,7 @@ from halfbyte.torch import optim
 
 BLOCKSIZE = 64
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+DENSE_ROWS = (1, 2, 4, 8, 16)
 OPTIMIZER_ELEMENTS = 4_194_304
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -268,6 +269,32 @@ def cached(bench: Bench, bnb: Any) -> list[Row]:
         return table + many_rows(bench, bnb, (1, 8, 64), "{} rows, cached")
     finally:
         bench.cold_bytes = cold
+
+
+def dense(bench: Bench, bnb: Any) -> list[Row]:
+    """Few rows times a plain weight, as the head of a model is; shares of read with the weight's bytes at any rows."""
+    table: list[Row] = []
+    for dtype, name in ((F32, "float32"), (BF16, "bfloat16"), (torch.float16, "float16")):
+        take = bench.dense_weight(dtype)
+        read = bench.read(take(0).nbytes)
+        for m in DENSE_ROWS:
+            x = torch.randn(m, bench.depth).to(dtype)
+            entries = [
+                read,
+                Entry(f"halfbyte dense {name}", lambda i, x=x: _C.linear_dense(x, take(i))),
+                Entry(f"torch F.linear {name}", lambda i, x=x: F.linear(x, take(i))),
+            ]
+            if dtype == F32:
+                entries.append(
+                    Entry("numpy matmul float32", lambda i, x=x: x.numpy() @ take(i).numpy().T)
+                )
+            for e in entries:
+                e.bytes = take(0).nbytes
+            with torch.no_grad():
+                measure(entries, bench.seconds)
+            table += rows(f"dense, {m} rows", entries, f"torch F.linear {name}", of_read=read)
+        del take
+    return table
 
 
 def grad_input(bench: Bench, bnb: Any) -> list[Row]:
