@@ -82,7 +82,7 @@ static hb_status check(const hb_view *x, const hb_view *w, const hb_view *bias, 
     HB_CHECK(error, y->dtype == w->dtype, HB_ERR_TYPE,
              "linear_dense: y, expected the dtype of the weight, %s, got %s",
              hb_dtype_name(w->dtype), hb_dtype_name(y->dtype));
-    HB_CHECK(error, w->stride[1] == 1 || w->shape[1] <= 1, HB_ERR_VALUE,
+    HB_CHECK(error, w->stride[1] == 1 || w->shape[0] == 0 || w->shape[1] <= 1, HB_ERR_VALUE,
              "linear_dense: weight, expected contiguous rows, got a stride of %" PRId64,
              w->stride[1]);
     if (bias == NULL) return HB_OK;

@@ -75,6 +75,8 @@ def load(
     Returns
     -------
     transformers.PreTrainedModel
+        Linear layers that stay dense are `halfbyte.torch.nn.Linear`, which multiplies few rows faster on the CPU, as
+        `use_dense_kernels` makes them; `HalfbyteConfig(dense_kernels=False)` leaves them alone.
 
     Raises
     ------
@@ -111,7 +113,12 @@ def load(
         kwargs["device_map"] = device_map
     loader = auto_class or transformers.AutoModelForCausalLM
     with _large_blocks_returned():
-        return loader.from_pretrained(folder, **kwargs)
+        loaded = loader.from_pretrained(folder, **kwargs)
+    if not _is_native(quantization_config):  # whose own setting decides
+        from halfbyte.torch.nn import use_dense_kernels
+
+        use_dense_kernels(loaded[0] if isinstance(loaded, tuple) else loaded)  # output_loading_info
+    return loaded
 
 
 def _is_native(config: Any) -> bool:

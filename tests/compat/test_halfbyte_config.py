@@ -21,7 +21,7 @@ import halfbyte  # noqa: E402
 from halfbyte import HalfbyteConfig  # noqa: E402
 from halfbyte.integrations.transformers import native_config  # noqa: E402
 from halfbyte.torch import functional as F  # noqa: E402
-from halfbyte.torch.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
+from halfbyte.torch.nn import Int8Params, Linear, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
 from halfbyte.torch.nn.experts import QuantizedExperts  # noqa: E402
 
 if os.environ.get("HALFBYTE_STAND_IN"):
@@ -174,7 +174,7 @@ def test_every_block_size(folders, format, blocksize, nested, scales):
         assert parameter.blocksize == blocksize and not parameter.requires_grad
         module = model.get_submodule(name.removesuffix(".weight"))
         assert type(module) is Linear4bit and module.quant_state is parameter.quant_state
-    assert type(model.lm_head) is torch.nn.Linear
+    assert type(model.lm_head) is Linear
 
 
 def test_int8_is_made_where_the_tensor_is(folders, monkeypatch):
@@ -252,7 +252,7 @@ def test_families(folders, tmp_path, family, settings):
     if family in MIXTURES and hasattr(again, "set_experts_implementation"):
         again.set_experts_implementation("eager")  # the one that takes float64
     assert not quantized_parameters(again) and not hasattr(again, "hf_quantizer")
-    assert not any(isinstance(m, Linear4bit | Linear8bitLt | QuantizedExperts) for m in again.modules())
+    assert not any(isinstance(m, Linear4bit | Linear8bitLt | QuantizedExperts | Linear) for m in again.modules())
     plain = logits(again, family)
     exact = logits(again.double(), family)
     if format == "nf4":

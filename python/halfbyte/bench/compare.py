@@ -24,6 +24,7 @@ CONTESTS = (
     "one row",
     "rows",
     "cached",
+    "dense",
     "grad",
     "quantize",
     "optimizers",

@@ -272,28 +272,28 @@ def cached(bench: Bench, bnb: Any) -> list[Row]:
 
 
 def dense(bench: Bench, bnb: Any) -> list[Row]:
-    """Few rows times a plain weight, as the head of a model is; shares of read with the weight's bytes at any rows."""
+    """Few rows times a plain weight, as the head of a model is; its bytes count at any number of rows."""
+    dtypes = {"float32": F32, "bfloat16": BF16, "float16": torch.float16}
+    return [row for name, dtype in dtypes.items() for row in dense_of(bench, dtype, name)]
+
+
+def dense_of(bench: Bench, dtype: torch.dtype, name: str) -> list[Row]:
+    take = bench.dense_weight(dtype)
     table: list[Row] = []
-    for dtype, name in ((F32, "float32"), (BF16, "bfloat16"), (torch.float16, "float16")):
-        take = bench.dense_weight(dtype)
+    for m in DENSE_ROWS:
+        x = torch.randn(m, bench.depth).to(dtype)
         read = bench.read(take(0).nbytes)
-        for m in DENSE_ROWS:
-            x = torch.randn(m, bench.depth).to(dtype)
-            entries = [
-                read,
-                Entry(f"halfbyte dense {name}", lambda i, x=x: _C.linear_dense(x, take(i))),
-                Entry(f"torch F.linear {name}", lambda i, x=x: F.linear(x, take(i))),
-            ]
-            if dtype == F32:
-                entries.append(
-                    Entry("numpy matmul float32", lambda i, x=x: x.numpy() @ take(i).numpy().T)
-                )
-            for e in entries:
-                e.bytes = take(0).nbytes
-            with torch.no_grad():
-                measure(entries, bench.seconds)
-            table += rows(f"dense, {m} rows", entries, f"torch F.linear {name}", of_read=read)
-        del take
+        entries = [
+            Entry(f"halfbyte dense {name}", lambda i, x=x: _C.linear_dense(x, take(i))),
+            Entry(f"torch F.linear {name}", lambda i, x=x: F.linear(x, take(i))),
+        ]
+        if dtype == F32:
+            entries.append(Entry("numpy matmul float32", lambda i, x=x: x.numpy() @ take(i).numpy().T))
+        for made in entries:
+            made.bytes = take(0).nbytes
+        with torch.no_grad():
+            measure([*entries, read], bench.seconds)
+        table += rows(f"dense, {m} rows", [*entries, read], f"torch F.linear {name}", of_read=read)
     return table
 
 
@@ -458,6 +458,7 @@ CONTESTS: dict[str, Callable[[Bench, Any], list[Row]]] = {
     "one row": one_row,
     "rows": many_rows,
     "cached": cached,
+    "dense": dense,
     "grad": grad_input,
     "quantize": quantize,
     "optimizers": optimizers,

@@ -50,7 +50,14 @@ from halfbyte.torch.functional import (
     quantize_4bit,
 )
 from halfbyte.torch.matmul import quantize_int8_weight
-from halfbyte.torch.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from halfbyte.torch.nn import (
+    Int8Params,
+    Linear,
+    Linear4bit,
+    Linear8bitLt,
+    Params4bit,
+    use_dense_kernels,
+)
 from halfbyte.torch.nn.experts import (
     QuantizedExperts,
     dense_experts,
@@ -107,6 +114,9 @@ class HalfbyteConfig(QuantizationConfigMixin):
         Outlier threshold of LLM.int8().
     experts : bool
         Quantize fused experts (3-d parameters), too.
+    dense_kernels : bool
+        Let linear layers that stay dense, such as the head, multiply few rows with halfbyte's kernels on the CPU
+        (`halfbyte.torch.nn.use_dense_kernels`). Nothing about it is saved with the model.
 
     Raises
     ------
@@ -126,6 +136,7 @@ class HalfbyteConfig(QuantizationConfigMixin):
         quant_storage: torch.dtype | str = torch.uint8,
         threshold: float = 6.0,
         experts: bool = True,
+        dense_kernels: bool = True,
         **saved: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -146,6 +157,7 @@ class HalfbyteConfig(QuantizationConfigMixin):
         self.quant_storage = _dtype("quant_storage", quant_storage) or torch.uint8
         self.threshold = float(threshold)
         self.experts = bool(experts)
+        self.dense_kernels = bool(dense_kernels)
         if format == "int8":
             for name, value, default in (
                 ("blocksize", blocksize, 64),
@@ -316,7 +328,7 @@ class HalfbyteQuantizer(HfQuantizer):
         if self.pre_quantized and config.quantized is not None:
             names = set(config.quantized)
         modules = dict(model.named_modules())
-        linears = {n: m for n, m in modules.items() if type(m) in (nn.Linear, Conv1D)}
+        linears = {n: m for n, m in modules.items() if type(m) in (nn.Linear, Linear, Conv1D)}
         stacks = {n: found for n, m in modules.items() if (found := _stacked_experts(m, config.bits))}
         if names is None:
             dense = self._dense(model, linears, stacks)
@@ -481,8 +493,10 @@ class HalfbyteQuantizer(HfQuantizer):
         config.quantized = list(self.targets)
         if holders <= {Linear4bit, Linear8bitLt}:
             config._readable_dense = [
-                name for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)
+                name for name, m in model.named_modules() if type(m) in (nn.Linear, Linear, Conv1D)
             ]
+        if config.dense_kernels:
+            use_dense_kernels(model)
         self._keep_reversible_conversions(model)
         if importlib.util.find_spec("bitsandbytes") is not None:
             # PEFT and accelerate take these for "prepare me for k-bit training", and then import bitsandbytes.
@@ -519,6 +533,7 @@ class HalfbyteQuantizer(HfQuantizer):
                         parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
                         delattr(module, parameter)
                         setattr(module, parameter, nn.Parameter(value if dtype is None else value.to(dtype)))
+        use_dense_kernels(model, False)
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if flag in model.__dict__:
                 delattr(model, flag)
