@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 import tiny_models  # noqa: E402
 
 import halfbyte  # noqa: E402
-from halfbyte import HalfbyteConfig  # noqa: E402
+from halfbyte import _C, HalfbyteConfig  # noqa: E402
 from halfbyte.integrations.transformers import native_config  # noqa: E402
 from halfbyte.torch import functional as F  # noqa: E402
 from halfbyte.torch.nn import Int8Params, Linear, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
+from halfbyte.torch.nn import linear as linear_module  # noqa: E402
 from halfbyte.torch.nn.experts import QuantizedExperts  # noqa: E402
 
 if os.environ.get("HALFBYTE_STAND_IN"):
@@ -252,7 +254,9 @@ def test_families(folders, tmp_path, family, settings):
     if family in MIXTURES and hasattr(again, "set_experts_implementation"):
         again.set_experts_implementation("eager")  # the one that takes float64
     assert not quantized_parameters(again) and not hasattr(again, "hf_quantizer")
-    assert not any(isinstance(m, Linear4bit | Linear8bitLt | QuantizedExperts | Linear) for m in again.modules())
+    assert not any(
+        isinstance(m, Linear4bit | Linear8bitLt | QuantizedExperts | Linear) for m in again.modules()
+    )
     plain = logits(again, family)
     exact = logits(again.double(), family)
     if format == "nf4":
@@ -482,3 +486,87 @@ def test_adapters_learn(folders, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
+
+
+# ---- what stays dense ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Shapes of the weights that halfbyte's dense kernels have multiplied."""
+    found = []
+    real = linear_module._C.linear_dense_few
+
+    def few(x, weight, bias):
+        y = real(x, weight, bias)
+        if y is not None:
+            found.append(tuple(weight.shape))
+        return y
+
+    monkeypatch.setattr(linear_module, "_C", types.SimpleNamespace(linear_dense_few=few))
+    return found
+
+
+def greedy(model, prompt):
+    ids = torch.tensor([prompt])
+    settings = dict(max_new_tokens=24, do_sample=False, pad_token_id=0)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
+
+
+def test_the_head_uses_our_kernels_and_generates_what_torch_does(tiny_llama, products):
+    ours = load(tiny_llama, HalfbyteConfig(), dtype=torch.float32).eval()
+    torchs = load(tiny_llama, HalfbyteConfig(dense_kernels=False), dtype=torch.float32).eval()
+    assert type(ours.lm_head) is Linear and type(torchs.lm_head) is torch.nn.Linear
+    for prompt in ([1, 50, 7], list(range(5, 30))):
+        found = greedy(ours, prompt)
+        heads = products.count(tuple(ours.lm_head.weight.shape))
+        # The prompt asks for the logits of one row, too.
+        assert heads == (24 if _C.linear_dense_rows("float32") else 0)
+        products.clear()
+        assert found == greedy(torchs, prompt) and not products
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_dense_kernels_leave_no_trace_in_what_is_saved(folders, tmp_path, family):
+    ours = load(folders[family], HalfbyteConfig())
+    plain = load(folders[family], HalfbyteConfig(dense_kernels=False))
+    assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == (family == "llama-tied")
+    for model, name in ((ours, "ours"), (plain, "plain")):
+        model.save_pretrained(tmp_path / name)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    again = load(tmp_path / "ours", None, config=native_config(tmp_path / "ours"))
+    assert type(again.lm_head) is Linear
+    again.dequantize()
+    assert type(again.lm_head) is torch.nn.Linear
+    assert halfbyte.torch.nn.use_dense_kernels(again) == 15  # the layers, and the head
+
+
+def test_lora_on_a_head_with_our_kernels(folders, products):
+    peft = pytest.importorskip("peft")
+    model = load(folders["llama"], HalfbyteConfig())
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    head = adapted.base_model.model.lm_head
+    assert type(head).__name__ == "Linear" and type(head.base_layer) is Linear
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    assert head.lora_A["default"].weight.grad is not None and not products
+    adapted.eval()
+    with torch.no_grad():
+        before = adapted(**INPUTS).logits
+        one = adapted(INPUTS["input_ids"][:1, :3]).logits
+    assert bool(products) == bool(_C.linear_dense_rows("float32"))
+    assert torch.allclose(one, before[:1, :3], atol=1e-4)
+    merged = adapted.merge_and_unload()
+    assert type(merged.lm_head) is Linear
+    assert torch.allclose(logits(merged)[:1, :3], one, atol=0.1 * one.abs().max().item())
+
+
+def test_halfbyte_load_does_as_the_configuration_says(folders):
+    assert type(halfbyte.load(folders["llama"], HalfbyteConfig()).lm_head) is Linear
+    left = halfbyte.load(folders["llama"], HalfbyteConfig(dense_kernels=False))
+    assert type(left.lm_head) is torch.nn.Linear

@@ -22,6 +22,7 @@ from halfbyte.errors import CheckpointError  # noqa: E402
 from halfbyte.integrations.transformers import HalfbyteConfig  # noqa: E402
 from halfbyte.loading import MemoryPlanError  # noqa: E402
 from halfbyte.memory import RUNTIME_BYTES, Available  # noqa: E402
+from halfbyte.torch.nn import Linear  # noqa: E402
 
 BIG = dict(hidden_size=1024, intermediate_size=2048, num_hidden_layers=2)
 
@@ -39,7 +40,12 @@ def folders(tmp_path_factory):
 
 
 def kinds(model):
-    return {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)} - {torch.nn.Linear}
+    return {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)} - {torch.nn.Linear, Linear}
+
+
+def test_the_information_of_the_loading_comes_with_the_model(folders):
+    model, found = halfbyte.load(folders["llama"], "nf4", output_loading_info=True)
+    assert type(model.lm_head) is Linear and not found["missing_keys"]
 
 
 def with_memory(monkeypatch, nbytes):
@@ -71,6 +77,7 @@ def needed(monkeypatch, *arguments, **options):
 def test_formats(config, layer, folders):
     model = halfbyte.load(folders["llama"], config)
     assert kinds(model) == ({layer} if layer else set())
+    assert type(model.lm_head) is Linear  # dense, with halfbyte's kernels
     with torch.inference_mode():
         assert torch.isfinite(model(torch.arange(1, 9)[None]).logits).all()
 

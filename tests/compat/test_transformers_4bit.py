@@ -332,3 +332,19 @@ def test_missing_keys_are_reported(folders, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises((RuntimeError, ValueError, KeyError)):
         logits(load(tmp_path), **tiny_models.inputs("llama"))
+
+
+# ---- dense kernels for what stays dense -----------------------------------------------------------
+
+
+def test_dense_kernels_generate_what_torch_does(tiny_llama):
+    from halfbyte.torch.nn import Linear, use_dense_kernels
+
+    auto = transformers.AutoModelForCausalLM
+    quantization = config(bnb_4bit_compute_dtype=torch.float32)
+    model = auto.from_pretrained(tiny_llama, quantization_config=quantization, dtype=torch.float32).eval()
+    ids = torch.tensor([[1, 50, 7, 23]])
+    settings = dict(max_new_tokens=24, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    want = model.generate(ids, **settings)
+    assert use_dense_kernels(model) == 1 and type(model.lm_head) is Linear
+    assert torch.equal(model.generate(ids, **settings), want)
