@@ -9,14 +9,57 @@
 
 #include "cpu/avx512/ladder8.h"
 
-// Seldom: the lanes that arithmetic cannot decide, of up to 64 values.
-static __attribute__((noinline)) void search_lanes(const hb_search8 *search, const __m512 v[4],
-                                                   const __mmask16 lanes[4], uint8_t *codes)
+// v of up to 64 elements from i, 16 each; elements from `end` on are not read and count as 0.
+static inline void load_sixty_four(const void *x, int64_t i, int64_t end, __m512 inverse,
+                                   hb_dtype io, __m512 v[4])
+{
+    for (int g = 0; g < 4; g++, i += 16) {
+        const __m512 value = end - i >= 16 ? load_f32x16(x, i, io)
+                             : end > i     ? load_lanes_f32x16(x, i, first_lanes(end - i), io)
+                                           : _mm512_setzero_ps();
+        v[g] = _mm512_mul_ps(value, inverse);
+    }
+}
+
+// Seldom: the lanes that arithmetic cannot decide, of each sixteen. Loads them once more, so that
+// nothing has to be kept for this.
+static __attribute__((noinline)) void search_lanes(const hb_search8 *search, const void *x,
+                                                   int64_t i, int64_t end, __m512 inverse,
+                                                   hb_dtype io, __mmask16 near, uint8_t *codes)
 {
     const tree t = load_tree(search);
-    for (int g = 0; g < 4; g++)
-        if (lanes[g] != 0)
-            _mm512_mask_cvtepi32_storeu_epi8(codes + 16 * g, lanes[g], code_of(&t, v[g]));
+    __m512 v[4];
+    load_sixty_four(x, i, end, inverse, io, v);
+    for (int g = 0; g < 4; g++, i += 16) {
+        const __mmask16 lanes = end > i ? near & first_lanes(end - i) : 0;
+        _mm512_mask_cvtepi32_storeu_epi8(codes + i, lanes, code_of(&t, v[g]));
+    }
+}
+
+// Up to 64 elements of a block. `whole`: not fewer, known to the compiler.
+static inline __attribute__((always_inline)) void
+climb_sixty_four(const ladder *l, const void *x, int64_t i, int64_t end, __m512 inverse,
+                 const hb_search8 *search, uint8_t *codes, hb_dtype io, bool whole)
+{
+    __m512 v[4];
+    __m512i t[4];
+    __mmask16 negative[4];
+    load_sixty_four(x, i, whole ? i + 64 : end, inverse, io, v);
+    for (int g = 0; g < 4; g++) {
+        __m512i bits = _mm512_castps_si512(magnitude(l, v[g]));
+        bits = _mm512_min_epi32(bits, _mm512_castps_si512(_mm512_set1_ps(1.0f)));
+        t[g] = climb(l, _mm512_castsi512_ps(bits));
+        negative[g] = sign_bits(v[g]);
+    }
+    const __m512i code = sixty_four_codes(l, negative, t);
+    if (whole)
+        _mm512_storeu_si512(codes + i, code);
+    else
+        _mm512_mask_storeu_epi8(codes + i, ((__mmask64)1 << (end - i)) - 1, code);
+    const __mmask16 nan =
+        _mm512_cmp_ps_mask(v[0], v[1], _CMP_UNORD_Q) | _mm512_cmp_ps_mask(v[2], v[3], _CMP_UNORD_Q);
+    const __mmask16 near = near_a_threshold(t) | nan;
+    if (__builtin_expect(near != 0, 0)) search_lanes(search, x, i, end, inverse, io, near, codes);
 }
 
 static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *search,
@@ -28,34 +71,9 @@ static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *sear
     for (int64_t i = 0; i < n; absmax++) {
         const __m512 inverse = _mm512_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;
-        for (; i < end; i += 64) {
-            const bool whole = i + 64 <= end;
-            __m512 v[4];
-            __m512i t[4];
-            __mmask16 lanes[4], negative[4];
-            for (int g = 0; g < 4; g++) {
-                lanes[g] = whole ? 0xffff : end - i > 16 * g ? first_lanes(end - i - 16 * g) : 0;
-                __m512 value = whole ? load_f32x16(x, i + 16 * g, io)
-                                     : load_lanes_f32x16(x, i + 16 * g, lanes[g], io);
-                v[g] = _mm512_mul_ps(value, inverse);
-                __m512i bits = _mm512_castps_si512(magnitude(&l, v[g]));
-                bits = _mm512_min_epi32(bits, _mm512_castps_si512(_mm512_set1_ps(1.0f)));
-                t[g] = climb(&l, _mm512_castsi512_ps(bits));
-                negative[g] = sign_bits(v[g]);
-            }
-            __m512i code = sixty_four_codes(&l, negative, t);
-            if (whole)
-                _mm512_storeu_si512(codes + i, code);
-            else
-                _mm512_mask_storeu_epi8(codes + i, ((__mmask64)1 << (end - i)) - 1, code);
-            const __mmask16 nan = _mm512_cmp_ps_mask(v[0], v[1], _CMP_UNORD_Q) |
-                                  _mm512_cmp_ps_mask(v[2], v[3], _CMP_UNORD_Q);
-            const __mmask16 near = near_a_threshold(t) | nan;
-            if (__builtin_expect(near != 0, 0)) {
-                for (int g = 0; g < 4; g++) lanes[g] &= near;
-                search_lanes(search, v, lanes, codes + i);
-            }
-        }
+        for (; end - i >= 64; i += 64)
+            climb_sixty_four(&l, x, i, end, inverse, search, codes, io, true);
+        if (i < end) climb_sixty_four(&l, x, i, end, inverse, search, codes, io, false);
         i = end;
     }
 }
