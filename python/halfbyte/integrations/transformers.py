@@ -50,14 +50,7 @@ from halfbyte.torch.functional import (
     quantize_4bit,
 )
 from halfbyte.torch.matmul import quantize_int8_weight
-from halfbyte.torch.nn import (
-    Int8Params,
-    Linear,
-    Linear4bit,
-    Linear8bitLt,
-    Params4bit,
-    use_dense_kernels,
-)
+from halfbyte.torch.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from halfbyte.torch.nn.experts import (
     QuantizedExperts,
     dense_experts,
@@ -66,6 +59,7 @@ from halfbyte.torch.nn.experts import (
     int8_experts,
     quantized_experts,
 )
+from halfbyte.torch.nn.linear import Linear, use_dense_kernels
 from halfbyte.torch.nn.parametrize import Bnb4bitParametrization, register_quantized
 
 __all__ = ["HalfbyteConfig", "HalfbyteQuantizer", "native_config"]
