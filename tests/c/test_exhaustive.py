@@ -21,7 +21,14 @@ NOT_AVAILABLE = 77  # exit status of the program: this processor lacks the ISA
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("isa", build.isas("native"))
 @pytest.mark.parametrize(
-    "group", ["codec4_every_value", "codec8_every_value", "codec8_every_scale", "int8_every_value"]
+    "group",
+    [
+        "codec4_every_value",
+        "codec4_quantize_every_value",
+        "codec8_every_value",
+        "codec8_every_scale",
+        "int8_every_value",
+    ],
 )
 def test_every_float(group, isa):
     command = [str(build.build("native")), f"--group={group}", f"--isa={isa}"]
