@@ -1,8 +1,7 @@
 // Products with plain bfloat16 weights by vdpbf16ps: a load of W, of x and 32 products.
 //
-// Accuracy: kernels_dense.h (depth/16 + 8 here; subnormals are zero). Exact products, as
-// avx512/dense.c has them, take as long up to four rows of x, where memory is the limit, and about
-// twice as long with eight.
+// Accuracy: kernels_dense.h (depth/16 + 8 here; subnormals are zero). Out of the caches this is up
+// to 1.6 times as fast as the exact products of avx512/dense.c, from memory no faster.
 #include "cpu/avx512/io.h"
 
 #define DENSE_INLINE static inline __attribute__((always_inline))
