@@ -27,7 +27,8 @@
 
 enum {
     DOT_ROWS = 4,
-    DOT_UNTIL = 4,
+    DOT_UNTIL = 8,
+    DOT_UNTIL_BF16 = 12, // rounding makes decoding to panels dearer
     TILE_ROWS = 6,
     TILE_COLS = 16,
     PANEL_STEPS = 256,
@@ -516,6 +517,7 @@ void hb_linear4_table_avx2(hb_kernels_linear4 *kernels)
 {
     kernels->f32 = HB_LINEAR4_SET(f32, avx2);
     kernels->bf16 = HB_LINEAR4_SET(bf16, avx2);
+    kernels->bf16.dot_until = DOT_UNTIL_BF16;
     // Even columns first.
     for (int c = 0; c < TILE_COLS; c++)
         kernels->bf16.column_order[c] = kernels->f32.column_order[c] =

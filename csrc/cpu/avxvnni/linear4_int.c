@@ -3,4 +3,4 @@
 
 #include "cpu/avx2/linear4_int.h"
 
-HB_INT4_ENTRIES(avxvnni, 4, 8)
+HB_INT4_ENTRIES(avxvnni, 16, 8)
