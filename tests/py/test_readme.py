@@ -64,7 +64,7 @@ def test_console_examples_run(example, clone, monkeypatch):
             words += ["--size", "128", "--seconds", "0.1"]
         output = run([sys.executable, "-m", "halfbyte.cli.main", *words], clone)
         expected = {"quantize": "28 tensors", "inspect": "nf4 block 64", "verify": "ok", "plan": "nf4",
-                    "doctor": "PASS  quantize nf4", "bench": "halfbyte nf4, float32"}  # fmt: skip
+                    "doctor": "PASS  quantize nf4", "bench": "halfbyte nf4 float32"}  # fmt: skip
         assert expected[words[0]] in output
     if "quantize" in example:
         assert (clone / "tiny-nf4/model.safetensors").stat().st_size == 2_398_032
