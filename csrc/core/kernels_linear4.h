@@ -16,14 +16,13 @@
 //   sums               float32                        float32
 //
 // Accuracy of the float32 set, u = 2^-24, |err| <= c u sum_k |w[k]| |x[k]|:
-//   dot     c = depth/128 + 14: in each lane 8 products of a group of 128 (8 roundings), its scale
-//   (1),
-//           the groups (depth/128), the sum of up to 16 lanes (4), one to spare for second order
+//   dot     c = depth/128 + 22: in each lane up to 16 products (16 roundings), their scale (1), the
+//           groups of 128 or 256 columns and parts of the columns (depth/128), the sum of up to 16
+//           lanes (4), one to spare for second order
 //   panel   c = panel_steps + depth/panel_steps + 3: the weight (1), the steps of a panel summed
 //   from
 //           zero, then one addition per panel, one to spare
-// The bfloat16 set may scale 16 products at once and add parts of the columns: dot has
-// c = depth/128 + 22. It adds, per product, the roundings of x and of the weight (2^-8 each at
+// The bfloat16 set adds, per product, the roundings of x and of the weight (2^-8 each at
 // most; a set on hardware dot products may also flush subnormals; on tile registers panels have c =
 // depth/32 + 18). Infinities and NaN in x, or in the absmax of a nonzero weight, make y non-finite.
 // Panels, tiles and packed x are 64-byte aligned; everything else has its element's alignment.

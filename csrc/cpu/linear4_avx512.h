@@ -130,24 +130,6 @@ INLINE hb_matrix4 part_of(const hb_matrix4 *w, int64_t row, int64_t column)
     return part;
 }
 
-// In the dot kernels: a line of packed codes that is needed some steps later (hardware does not
-// follow several short streams). One call per row r and group. Up to two rows: in the order of
-// addresses, which runs on into the next rows. Four rows are taken where they are long (below):
-// each is a stream of its own, because the order of addresses would come too late for the last.
-// Non-temporal: a token reads every weight once, and what the program does between two layers
-// (an interpreter, small tensors) finds more of its own in the L2 cache. Weights that stay in
-// the caches were no slower.
-INLINE void prefetch_ahead(const uint8_t *const *packed, int64_t k, int r, int rows)
-{
-    const uint8_t *line =
-        rows == 4 ? packed[r] + k / 2 + 512 : packed[0] + k / 2 * rows + r * 64 + 2048;
-    _mm_prefetch((const char *)line, _MM_HINT_NTA);
-}
-
-// From this depth on one row of x and a few of W no longer share the L1 cache: four rows of W then
-// use x for each time it is fetched.
-enum { LONG_DEPTH = 6144 };
-
 // In decode_cols: a row that comes some steps later.
 INLINE void prefetch_rows(const uint8_t *row, int64_t row_bytes)
 {

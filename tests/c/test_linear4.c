@@ -107,7 +107,7 @@ static void check_dot(check *c, const hb_linear4_set *set, bool bf16, int64_t ro
         set->dot(&row, 1, depth, permuted, n_x, one + r, y_stride);
     }
     check_equal(c, one, y, y_bytes, "rows one by one");
-    double bound_factor = ((double)depth / 128 + (bf16 ? 22 : 14)) * UNIT;
+    double bound_factor = ((double)depth / 128 + 22) * UNIT;
     for (int t = 0; t < n_x; t++)
         for (int64_t r = 0; r < rows; r++) {
             double sum = 0, magnitude = 0;
@@ -442,7 +442,7 @@ static void check_op(check *c, const op_case *o)
         }
     }
     const hb_linear4_set *set = o->bf16 ? &c->kernels->linear4.bf16 : &c->kernels->linear4.f32;
-    double factor = (fmin((double)steps, set->panel_steps) + (double)steps / 128 + 14) * UNIT;
+    double factor = (fmin((double)steps, set->panel_steps) + (double)steps / 128 + 22) * UNIT;
     if (o->bf16) factor += 0x1p-7 + 0x1p-15; // x and the weight rounded by at most 2^-8 each
     double smallest, unit = unit_of(o->y_dtype, &smallest);
     for (int64_t i = 0; i < o->m * outputs; i++) {

@@ -35,33 +35,54 @@ INLINE void deinterleave(__m512 *v, int n)
     for (int m = 0; m < n; m++) v[m] = out[m];
 }
 
-INLINE void permute_x(const void *x, hb_dtype dtype, int64_t depth, bool bf16, float *permuted)
+// The 128 elements of x from k on in the order of a load of weights, eight vectors.
+INLINE void permute_group(const void *x, hb_dtype dtype, int64_t k, int64_t depth, bool bf16,
+                          __m512 *out)
 {
-    for (int64_t k = 0; k < depth; k += HB_LINEAR4_X_GROUP) {
-        __m512 v[8];
-        for (int i = 0; i < 8; i++) {
-            v[i] = load_x(x, k + i * LANES, dtype, first_lanes(depth - k - i * LANES));
-            if (bf16) v[i] = rounded_to_bf16(v[i]);
-        }
-        // Element 8i + c: bit 0 of c, then bit 1, then bit 2 is split off.
-        deinterleave(v, 8);
-        deinterleave(v, 4);
-        deinterleave(v + 4, 4);
-        for (int i = 0; i < 8; i += 2) deinterleave(v + i, 2);
-        // v[4a + 2b + c] now holds column offset a + 2b + 4c.
-        for (int j = 0; j < 8; j++) {
-            int column = j ^ 1;
-            int place = (column & 1) * 4 + (column & 2) + (column >> 2);
-            _mm512_store_ps(permuted + k + j * LANES, v[place]);
-        }
+    __m512 v[8];
+    for (int i = 0; i < 8; i++) {
+        v[i] = load_x(x, k + i * LANES, dtype, first_lanes(depth - k - i * LANES));
+        if (bf16) v[i] = rounded_to_bf16(v[i]);
+    }
+    // Element 8i + c: bit 0 of c, then bit 1, then bit 2 is split off.
+    deinterleave(v, 8);
+    deinterleave(v, 4);
+    deinterleave(v + 4, 4);
+    for (int i = 0; i < 8; i += 2) deinterleave(v + i, 2);
+    // v[4a + 2b + c] now holds column offset a + 2b + 4c.
+    for (int j = 0; j < 8; j++) {
+        int column = j ^ 1;
+        out[j] = v[(column & 1) * 4 + (column & 2) + (column >> 2)];
     }
 }
 
-// The dword lanes of 128 columns of `rows` rows against T rows of x, added to total[row][t].
-INLINE void dot_group(const __m512i *words, const __m512 *scale, __m512 codebook, const float *x,
-                      int64_t x_stride, const int rows, const int n_x, __m512 *total)
+INLINE void permute_x(const void *x, hb_dtype dtype, int64_t depth, bool bf16, float *permuted)
 {
-    __m512 sum[8];
+    int64_t k = 0;
+    for (; k + 256 <= depth; k += 256) {
+        __m512 v[8], w[8];
+        permute_group(x, dtype, k, depth, bf16, v);
+        permute_group(x, dtype, k + 128, depth, bf16, w);
+        for (int j = 0; j < 8; j++) {
+            __m512d a = _mm512_castps_pd(v[j]), b = _mm512_castps_pd(w[j]);
+            _mm512_store_pd(permuted + k + j * LANES, _mm512_unpacklo_pd(a, b));
+            _mm512_store_pd(permuted + k + 128 + j * LANES, _mm512_unpackhi_pd(a, b));
+        }
+    }
+    for (; k < depth; k += 128) {
+        __m512 v[8];
+        permute_group(x, dtype, k, depth, bf16, v);
+        for (int j = 0; j < 8; j++) _mm512_store_ps(permuted + k + j * LANES, v[j]);
+    }
+}
+
+typedef __m512 dot_codebook;
+typedef float dot_element;
+enum { DOT_X_BYTES = 1 << 30, DOT_KEEPS_ONE = true }; // parts of x gained nothing
+
+INLINE void multiply_words(const __m512i *words, __m512 codebook, const float *x, int64_t x_stride,
+                           const int rows, const int n_x, bool add, __m512 *sum)
+{
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
         __m512 weight[4];
@@ -74,79 +95,21 @@ INLINE void dot_group(const __m512i *words, const __m512 *scale, __m512 codebook
             __m512 value = _mm512_load_ps(x + t * x_stride + j * LANES);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++)
-                sum[r * n_x + t] = j == 0 ? _mm512_mul_ps(weight[r], value)
-                                          : _mm512_fmadd_ps(weight[r], value, sum[r * n_x + t]);
+                sum[r * n_x + t] = j == 0 && !add
+                                       ? _mm512_mul_ps(weight[r], value)
+                                       : _mm512_fmadd_ps(weight[r], value, sum[r * n_x + t]);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int t = 0; t < n_x; t++)
-            total[r * n_x + t] = _mm512_fmadd_ps(scale[r], sum[r * n_x + t], total[r * n_x + t]);
 }
 
-// `rows` rows of W from row `first` against n_x rows of x, both small constants.
-INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, int64_t blocksize,
-                     __m512 codebook, const float *x, const int rows, const int n_x, float *y,
-                     int64_t y_stride)
-{
-    const int shift = __builtin_ctzll((unsigned long long)blocksize);
-    const int64_t x_stride = hb_ceil_div(depth, HB_LINEAR4_X_GROUP) * HB_LINEAR4_X_GROUP;
-    const uint8_t *packed[4];
-    const float *absmax[4];
-    __m512 total[8];
-    for (int r = 0; r < rows; r++) {
-        packed[r] = w->packed + (first + r) * w->row_bytes;
-        absmax[r] = w->absmax + (first + r) * w->absmax_stride;
-        for (int t = 0; t < n_x; t++) total[r * n_x + t] = _mm512_setzero_ps();
-    }
-    int64_t k = 0;
-    for (; k + HB_LINEAR4_X_GROUP <= depth; k += HB_LINEAR4_X_GROUP) {
-        __m512i words[4];
-        __m512 scale[4];
-        for (int r = 0; r < rows; r++) {
-            words[r] = _mm512_loadu_si512(packed[r] + k / 2);
-            scale[r] = group_scales(absmax[r], k, depth, blocksize, shift);
-            prefetch_ahead(packed, k, r, rows);
-        }
-        dot_group(words, scale, codebook, x + k, x_stride, rows, n_x, total);
-    }
-    if (k < depth) {
-        __mmask16 present = first_lanes((depth - k) / 8);
-        __m512i words[4];
-        __m512 scale[4];
-        for (int r = 0; r < rows; r++) {
-            words[r] = _mm512_maskz_loadu_epi32(present, packed[r] + k / 2);
-            scale[r] = group_scales(absmax[r], k, depth, blocksize, shift);
-        }
-        dot_group(words, scale, codebook, x + k, x_stride, rows, n_x, total);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int t = 0; t < n_x; t++)
-            y[t * y_stride + first + r] = _mm512_reduce_add_ps(total[r * n_x + t]);
-}
-
-INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
-                     __m512 codebook, const float *x, const int rows, const int n_x, float *y,
-                     int64_t y_stride)
-{
-    int64_t r = 0;
-    for (; r + rows <= n_rows; r += rows)
-        dot_some(w, r, depth, blocksize, codebook, x, rows, n_x, y, y_stride);
-    for (; rows > 1 && r < n_rows; r++)
-        dot_some(w, r, depth, blocksize, codebook, x, 1, n_x, y, y_stride);
-}
+#include "cpu/linear4_dot_avx512.h"
 
 INLINE void dot_blocks(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
                        __m512 codebook, const float *x, int n_x, float *y, int64_t y_stride)
 {
-    if (n_x == 1 && depth >= LONG_DEPTH) {
-        dot_rows(w, n_rows, depth, blocksize, codebook, x, 4, 1, y, y_stride);
-        return;
-    }
     switch (n_x) {
-    case 1: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 1, y, y_stride); break;
-    case 2: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 2, y, y_stride); break;
+    case 1: dot_rows(w, n_rows, depth, blocksize, codebook, x, 4, 1, y, y_stride); break;
+    case 2: dot_rows(w, n_rows, depth, blocksize, codebook, x, 4, 2, y, y_stride); break;
     case 3: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 3, y, y_stride); break;
     default: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 4, y, y_stride); break;
     }

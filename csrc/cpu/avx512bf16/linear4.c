@@ -74,7 +74,10 @@ static void hb_linear4_permute_x_bf16_avx512bf16(const void *x, hb_dtype dtype, 
 
 // ---- dot --------------------------------------------------------------------------------------
 
-// sum[row][t] (+)= the weights of a vector of codes of each row times the same 128 elements of x.
+typedef __m512i dot_codebook;
+typedef uint16_t dot_element;
+enum { DOT_X_BYTES = 16 << 10, DOT_KEEPS_ONE = false }; // half an L1 cache
+
 INLINE void multiply_words(const __m512i *words, __m512i codebook, const uint16_t *x,
                            int64_t x_stride, const int rows, const int n_x, bool add, __m512 *sum)
 {
@@ -97,14 +100,14 @@ INLINE void multiply_words(const __m512i *words, __m512i codebook, const uint16_
     }
 }
 
-#include "cpu/avx512bf16/linear4_dot.h"
+#include "cpu/linear4_dot_avx512.h"
 
 INLINE void dot_blocks(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
                        __m512i codebook, const uint16_t *x, int n_x, float *y, int64_t y_stride)
 {
     switch (n_x) {
     case 1: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 1, y, y_stride); break;
-    case 2: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 2, y, y_stride); break;
+    case 2: dot_rows(w, n_rows, depth, blocksize, codebook, x, 4, 2, y, y_stride); break;
     case 3: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 3, y, y_stride); break;
     default: dot_rows(w, n_rows, depth, blocksize, codebook, x, 2, 4, y, y_stride); break;
     }

@@ -1,5 +1,11 @@
-// The loops of dot over rows and columns. Included behind multiply_words, which multiplies one
-// vector of codes of each row by 128 elements of x.
+// The loops of dot over rows and columns, for float32 and for pairs of bfloat16. Included behind
+//
+//   dot_element, dot_codebook                  an element of permuted x; the codebook in a register
+//   multiply_words(words, codebook, x, x_stride, rows, n_x, add, sum)
+//                                              sum[row][t] (+)= the weights of a vector of codes of
+//                                              each row times the same 128 elements of x
+//   DOT_X_BYTES                                of x that are used for several rows of W
+//   DOT_KEEPS_ONE                              whether weights for one row of x pass through L2
 //
 // Two loads of codes of a row, 256 columns, are regrouped by 64-bit pieces so that a lane of both
 // results belongs to one block (of 64 columns; larger ones cause no trouble, blocks of 32 fit too):
@@ -8,11 +14,11 @@
 //   second load   c c c c c c c c d d d d d d d d
 //   both results  a a c c a a c c b b d d b b d d
 //
-// So 16 products of a lane (8 pairs) are summed before they are scaled, not 8. Columns
-// are taken in parts for which all rows of x stay in the L1 cache, and within a part all rows of W.
-// Columns behind the last 256 come in the order of a single load.
-#ifndef HB_CPU_AVX512BF16_LINEAR4_DOT_H
-#define HB_CPU_AVX512BF16_LINEAR4_DOT_H
+// So 16 products of a lane are summed before they are scaled, not 8. Columns behind the last 256
+// come in the order of a single load. Where all rows of x do not fit in DOT_X_BYTES, columns are
+// taken in parts for which they do, and within a part a group of rows of W.
+#ifndef HB_CPU_LINEAR4_DOT_AVX512_H
+#define HB_CPU_LINEAR4_DOT_AVX512_H
 
 #include "cpu/linear4_avx512.h"
 
@@ -46,20 +52,19 @@ INLINE __m128 sums_of_lanes(__m512 a, __m512 b, __m512 c, __m512 d)
 }
 
 enum {
-    DOT_X_BYTES = 16 << 10, // of x that are used for several rows of W: half an L1 cache
-    DOT_GROUP = 16,         // so many rows, where they are not used for all
-    DOT_AHEAD = 6144,       // bytes of codes from a multiplication to what is prefetched beside it
-    DOT_AHEAD_ONE = 1024,   // one row of x: the same, behind the rows that are being multiplied,
-    DOT_FAR = 7168,         // and from there to what is fetched into the L2 cache
+    DOT_GROUP = 16,       // rows of W that use a part of x, where not all do
+    DOT_AHEAD = 8 << 10,  // bytes of codes from the rows of W at work to what is prefetched then
+    DOT_AHEAD_ONE = 1024, // the same, where weights do not stay: what comes into L1 from L2
+    DOT_FAR = 7168,       // and from there to what comes into L2
 };
 
 // Columns that dot takes at once, of a depth: a multiple of 256.
-INLINE int64_t dot_columns(int64_t depth, int n_x, int element_bytes)
+INLINE int64_t dot_columns(int64_t depth, int n_x)
 {
-    const int64_t most = DOT_X_BYTES / (n_x * element_bytes) / 256 * 256;
+    const int64_t most = DOT_X_BYTES / (n_x * (int)sizeof(dot_element)) / 256 * 256;
     // Parts of about the same size.
     const int64_t parts = hb_ceil_div(depth, most);
-    return parts <= 1 ? depth : hb_ceil_div(hb_ceil_div(depth, parts), 256) * 256;
+    return parts <= 1 ? depth : hb_round_up(hb_ceil_div(depth, parts), 256);
 }
 
 // y[t * y_stride + r] (+)= the sum of the lanes of total[r * n_x + t]; rows * n_x <= 8.
@@ -95,15 +100,13 @@ INLINE void add_scaled(const __m512 *scale, const __m512 *sum, const int rows, c
 // rows behind one another; it may lie outside of W.
 //
 // Prefetching: hardware does not follow several short streams; one in the order of addresses it
-// does, and scales, a ninth of all lines, cost as much as they are when only they come late. Where
-// columns are taken in parts the order of addresses is kept for the next group of rows, into the L2
-// cache, otherwise into L1. One row of x waits for memory most, and L1 has room for fewer requests
-// than the way to memory and back takes: lines come into L2 from far and then into L1, the latter
-// past the rows in hand, or the second row's beginning would be asked for too late. That step is
-// non-temporal, because a token reads every weight once.
+// does, and scales, a ninth of all lines, cost as much as they are when only they come late. Into
+// the L2 cache, which can wait for more lines at once than L1. Where not even that is enough (not
+// `keep`: one row of bfloat16) a second step, past the rows in hand, brings them into L1: non-
+// temporal, because a token reads every weight once.
 INLINE void dot_some(const hb_matrix4 *w, int64_t first, const uint8_t *ahead,
-                     const float *scales_ahead, bool part, int64_t begin, int64_t end,
-                     int64_t depth, int64_t blocksize, __m512i codebook, const uint16_t *x,
+                     const float *scales_ahead, bool keep, int64_t begin, int64_t end,
+                     int64_t depth, int64_t blocksize, dot_codebook codebook, const dot_element *x,
                      const int rows, const int n_x, float *y, int64_t y_stride)
 {
     const int shift = __builtin_ctzll((unsigned long long)blocksize);
@@ -129,11 +132,9 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, const uint8_t *ahead,
             scale[r] = pair_scales(absmax[r], k, blocksize, shift);
             const char *line = (const char *)ahead + (k - begin) / 2 * rows + 128 * r;
             for (int i = 0; i < 128; i += 64) {
-                if (part)
+                if (keep) {
                     _mm_prefetch(line + i, _MM_HINT_T1);
-                else if (n_x > 1)
-                    _mm_prefetch(line + i, _MM_HINT_T0);
-                else {
+                } else {
                     _mm_prefetch(line + i, _MM_HINT_NTA);
                     _mm_prefetch(line + i + DOT_FAR, _MM_HINT_T1);
                 }
@@ -156,17 +157,19 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, const uint8_t *ahead,
 }
 
 INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t blocksize,
-                     __m512i codebook, const uint16_t *x, const int rows, const int n_x, float *y,
-                     int64_t y_stride)
+                     dot_codebook codebook, const dot_element *x, const int rows, const int n_x,
+                     float *y, int64_t y_stride)
 {
-    const int64_t columns = dot_columns(depth, n_x, sizeof(uint16_t));
+    const int64_t columns = dot_columns(depth, n_x);
     const bool part = columns < depth;
-    const int64_t distance = n_x == 1 ? (rows - 1) * w->row_bytes + DOT_AHEAD_ONE : DOT_AHEAD;
+    const bool keep = part || n_x > 1 || DOT_KEEPS_ONE;
+    const int64_t distance =
+        keep ? rows * w->row_bytes + DOT_AHEAD : (rows - 1) * w->row_bytes + DOT_AHEAD_ONE;
     const int64_t group = part ? DOT_GROUP : n_rows;
     for (int64_t g = 0; g < n_rows; g += group) {
-        const int64_t row_end = g + group < n_rows ? g + group : n_rows;
+        const int64_t row_end = hb_least(g + group, n_rows);
         for (int64_t k = 0; k < depth; k += columns) {
-            const int64_t end = k + columns < depth ? k + columns : depth;
+            const int64_t end = hb_least(k + columns, depth);
             const uint8_t *ahead = part ? w->packed + (g + group) * w->row_bytes + k / 2 * group
                                         : w->packed + distance;
             const float *scales =
@@ -175,11 +178,11 @@ INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t
             int64_t r = g;
             for (; r + rows <= row_end; r += rows)
                 dot_some(w, r, ahead + (r - g) * (end - k) / 2,
-                         scales + (r - g) * ((end - k) / blocksize), part, k, end, depth, blocksize,
+                         scales + (r - g) * ((end - k) / blocksize), keep, k, end, depth, blocksize,
                          codebook, x, rows, n_x, y, y_stride);
             for (; rows > 1 && r < row_end; r++)
                 dot_some(w, r, ahead + (r - g) * (end - k) / 2,
-                         scales + (r - g) * ((end - k) / blocksize), part, k, end, depth, blocksize,
+                         scales + (r - g) * ((end - k) / blocksize), keep, k, end, depth, blocksize,
                          codebook, x, 1, n_x, y, y_stride);
         }
     }
