@@ -108,7 +108,7 @@ def test_wrong_usage(capsys):
 
 
 def test_one_list_of_contests():
-    assert tuple(name.replace("-", " ") for name in verb.CONTESTS) == compare.CONTESTS
+    assert all(name.replace(" ", "-") in verb.EPILOG for name in compare.CONTESTS)
     if TORCH:
         from halfbyte.bench import contests
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from halfbyte.cli.arguments import add_json, positive
 
 EPILOG = """\
-Times halfbyte beside what else is installed (torch, bitsandbytes, llama-cpp-python's ggml, NumPy) and beside what the
-machine can do, in turns, with weights that are not in the cache. Close what else runs. `ratio` above 1: faster than the
-reference that stands over the table. of_read, of_peak: shares of what reading and multiplying reach in the same turns.
-(bitsandbytes' float32 layer computes in bfloat16 on processors that can.)
+Times halfbyte beside what else is installed (torch, bitsandbytes, llama-cpp-python's ggml, NumPy) and beside
+what the machine can do, in turns, with weights that are not in the cache. Close what else runs. `ratio` above 1:
+faster than the reference that stands over the table. of_read, of_peak: shares of what reading and multiplying
+reach in the same turns. (bitsandbytes' float32 layer computes in bfloat16 on processors that can.)
 
-contests: layers (the default: 4-bit layers, --rows of x), one-row, rows (1 to 512), cached, grad, quantize, optimizers,
-int8, calls, import; all: every one but layers. Without torch there is "layers" against NumPy.
+contests: layers (the default: 4-bit layers, --rows of x), one-row, rows (1 to 512), cached, dense, grad,
+quantize, optimizers, int8, calls, import; all: every one but layers. Without torch there is "layers" against
+NumPy.
 
 examples:
   halfbyte bench                                   half a minute: 1, 8 and 64 rows
@@ -24,25 +25,14 @@ examples:
 """
 
 
-CONTESTS = (
-    "layers",
-    "one-row",
-    "rows",
-    "cached",
-    "grad",
-    "quantize",
-    "optimizers",
-    "int8",
-    "calls",
-    "import",
-)
-
-
 def contest(text: str) -> str:
-    """A name of CONTESTS, or "all"."""
-    if text not in (*CONTESTS, "all"):
-        raise argparse.ArgumentTypeError(f"expected all or some of {', '.join(CONTESTS)}, got {text!r}")
-    return text
+    """One of the contests, or "all"; they are written with hyphens."""
+    from halfbyte.bench.compare import CONTESTS
+
+    known = ["all", *(name.replace(" ", "-") for name in CONTESTS)]
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(known)}, got {text!r}")
+    return text.replace("-", " ")
 
 
 def blocks(text: str) -> int:
@@ -83,20 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from halfbyte import _C
     from halfbyte.bench.chart import bars
-    from halfbyte.bench.compare import ContestFailed, Options, compare, text_of
+    from halfbyte.bench.compare import CONTESTS, ContestFailed, Options, compare, text_of
     from halfbyte.cli.main import print_json
     from halfbyte.errors import CheckpointError
 
     names = args.contest or ["layers"]
     if "all" in names:
         names = [name for name in CONTESTS if name != "layers"]
-    if args.svg and not {"layers", "one-row"} & set(names):
+    if args.svg and not {"layers", "one row"} & set(names):
         raise CheckpointError(
             "E203", "bench: --svg draws the contests layers and one-row", fix="name one of them"
         )
     titles = [f"{m} rows" for m in args.rows] if "layers" in names else ["one row"]
     options = Options(
-        [name.replace("-", " ") for name in names],
+        names,
         args.size,
         args.depth or args.size,
         args.seconds,
