@@ -26,7 +26,7 @@ _VERBS = {
     "verify": ("check a quantized checkpoint against its manifest and its layout", "verify"),
     "plan": ("show what a model takes in memory, dense and quantized, and what fits here", "plan"),
     "doctor": ("check this machine and test every kernel against known answers", "doctor"),
-    "bench": ("time a 4-bit layer beside the dense one and bitsandbytes on this machine", "bench"),
+    "bench": ("time layers, codecs and optimizers beside what else is installed", "bench"),
     "eval": ("compare a model with the original: KL divergence, change of the likelihood", "eval"),
     "demo": ("quantize a small model by every recipe, measure it, draw a picture", "demo"),
     "run": ("run a Python script with halfbyte in the place of bitsandbytes", "run"),
