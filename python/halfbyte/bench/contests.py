@@ -24,6 +24,7 @@ from halfbyte.bench.compare import Options
 from halfbyte.bench.layers import cache_bytes, peak_of, read_of
 from halfbyte.bench.turns import Entry, Row, measure, rows
 from halfbyte.torch import optim
+from halfbyte.torch.weight_memory import empty_weight
 
 BLOCKSIZE = 64
 ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -38,6 +39,11 @@ def bitsandbytes() -> Any:
         return None
     module = importlib.import_module("bitsandbytes")
     return None if shim.is_ours(module) else module
+
+
+def laid(part: torch.Tensor) -> torch.Tensor:
+    """A copy of a part of a weight, in the memory where our layers keep theirs."""
+    return empty_weight(part.numel(), part.dtype).view(part.shape).copy_(part)
 
 
 class Bench:
@@ -80,8 +86,8 @@ class Bench:
 
         def make() -> Any:
             weight = _C.Params4bit.from_parts(
-                packed.clone(),
-                absmax.clone(),
+                laid(packed),
+                laid(absmax),
                 quant_type=quant_type,
                 blocksize=BLOCKSIZE,
                 shape=(self.rows, self.depth),
