@@ -129,7 +129,7 @@ def test_without_torch(monkeypatch, tmp_path, capfd):
     rows = layers.run(options, 1)
     names = ["halfbyte nf4 float32", "halfbyte nf4 bfloat16", "numpy matmul float32"]
     assert [row["name"] for row in rows][:4] == [*names, "read"]
-    assert rows[2]["ratio"] == 1 and rows[0]["of_read"] > 0
+    assert rows[2]["ratio"] == 1 and 0 <= rows[0]["of_read"] < 2  # of this size nearly all is the call
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "int8", *SMALL]) == 3
     assert "torch" in capfd.readouterr().err
