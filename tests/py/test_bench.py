@@ -124,12 +124,12 @@ def test_a_failed_contest_is_no_result(monkeypatch, capfd):
 
 def test_without_torch(monkeypatch, tmp_path, capfd):
     """ "layers" is measured against NumPy; the other contests name what is missing."""
-    options = compare.Options(("layers",), 64, 96, 0.01, (2,))
+    options = compare.Options(("layers",), 512, 512, 0.01, (2,))
     monkeypatch.setattr(layers, "cache_bytes", lambda: 1 << 10)
     rows = layers.run(options, 1)
     names = ["halfbyte nf4 float32", "halfbyte nf4 bfloat16", "numpy matmul float32"]
     assert [row["name"] for row in rows][:4] == [*names, "read"]
-    assert rows[2]["ratio"] == 1 and 0 <= rows[0]["of_read"] < 2  # of this size nearly all is the call
+    assert rows[2]["ratio"] == 1 and rows[0]["of_read"] > 0
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "int8", *SMALL]) == 3
     assert "torch" in capfd.readouterr().err
