@@ -31,9 +31,9 @@ def cache_bytes() -> int:
 
 
 def read_of(room: np.ndarray, nbytes: int) -> Entry:
-    """The ruler: reads about as many bytes of `room`, never the same ones soon."""
-    nbytes = max(PIECE, nbytes // PIECE * PIECE)
-    places = max(1, len(room) // nbytes)
+    """The ruler: reads about as many bytes of `room` (at least a PIECE), never the same ones soon."""
+    nbytes = max(PIECE, min(nbytes, len(room)) // PIECE * PIECE)
+    places = len(room) // nbytes
     return Entry("read", lambda i: _C.read_memory(room[i % places * nbytes :][:nbytes]), bytes=nbytes)
 
 
@@ -56,7 +56,7 @@ def layers(options: Options) -> list[Row]:
     def copies(nbytes: int) -> int:
         return min(MOST_COPIES, max(2, -(-4 * cache_bytes() // nbytes)))
 
-    room = np.ones(4 * cache_bytes(), np.uint8)
+    room = np.ones(max(4 * cache_bytes(), 1 << 24), np.uint8)
     dense = [w.copy() for _ in range(copies(w.nbytes))]
     own = {
         compute: [_C.Linear4bit.from_float(w, compute=compute) for _ in range(copies(own_bytes))]
