@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tests" / "c"))
 import build
 
 Row = dict[str, Any]
-OPERATIONS = ("ops_4bit", "ops_8bit")  # groups of bench_ops.c
+OPERATIONS = ("ops_4bit", "ops_8bit", "ops_dense", "ops_optim")  # groups of bench_ops.c
 SKIPPED = 77  # exit status of the program when nothing matches
 
 

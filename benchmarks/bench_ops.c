@@ -215,6 +215,50 @@ BENCH_GROUP(ops_8bit)
     close_setup(&s);
 }
 
+// Plain weights of normal numbers instead of random bytes, and x of the same dtype.
+static bool open_dense(setup *s, check *c, hb_dtype io)
+{
+    enum { X = MAX_ROWS * SIZE };
+    const int64_t item = (int64_t)hb_dtype_bytes(io);
+    if (!open_setup(s, c, ELEMENTS * item, 1)) return false;
+    for (int64_t i = 0; i < s->n_copies * (ELEMENTS / X); i++)
+        check_convert(s->x, s->weights + i * X * item, X, io);
+    check_convert(s->x, s->y, X, io);
+    memcpy(s->x, s->y, (size_t)(X * item));
+    return true;
+}
+
+// Few rows of x, and 16, which is more than a kernel takes at once.
+static void bench_dense(setup *s, hb_dtype io)
+{
+    static const int64_t counts[] = {1, 2, 4, 8, 16};
+    check *c = s->c;
+    hb_error error;
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        const int64_t m = counts[i];
+        hb_view x = view_of(s->x, io, m, SIZE), y = view_of(s->y, io, m, SIZE);
+        CHECK_BENCH(c, b, title("linear_dense %d rows %s cold", m, hb_dtype_name(io)),
+                    s->weight_bytes, 2.0 * (double)m * ELEMENTS)
+        {
+            uint8_t *copy = s->weights + b.copy % s->n_copies * s->weight_bytes;
+            hb_view w = view_of(copy, io, SIZE, SIZE);
+            (void)hb_linear_dense(c->context, &x, &w, NULL, &y, &error);
+        }
+    }
+}
+
+BENCH_GROUP(ops_dense)
+{
+    for (int threads = 1; threads <= 2; threads++) {
+        hb_pool_set_threads(c->context->pool, threads);
+        for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
+            setup s;
+            if (open_dense(&s, c, io)) bench_dense(&s, io);
+            close_setup(&s);
+        }
+    }
+}
+
 // One step of AdamW over 4 Mi parameters in one tensor. Bytes: p read and written, g read, states
 // read and written.
 static void bench_adam(check *c, bool state_is_8bit, hb_dtype dtype)

@@ -8,7 +8,9 @@ codebook times scale).
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from halfbyte import _C
 _HALF_UNIT = 2.0**-24
 _IO = ("float32", "bfloat16", "float16")
 _FLOAT16_HALF_UNIT = 2.0**-11
+_BFLOAT16_HALF_UNIT = 2.0**-8
 
 
 def _input(shape: tuple[int, ...], dtype: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -27,6 +30,13 @@ def _input(shape: tuple[int, ...], dtype: str, seed: int) -> tuple[np.ndarray, n
         return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     stored = x.astype(dtype)
     return stored, stored.astype(np.float64)
+
+
+def _numpy_bfloat16() -> Any:
+    """NumPy's bfloat16 where ml_dtypes is installed, or None."""
+    if importlib.util.find_spec("ml_dtypes") is None:
+        return None
+    return importlib.import_module("ml_dtypes").bfloat16
 
 
 def _output(y: np.ndarray) -> np.ndarray:
@@ -167,6 +177,26 @@ def _linear_8bit() -> str:
     return "exact and LLM.int8() products are right"
 
 
+def _linear_dense() -> str:
+    rows, depth = 67, 333
+    units = {"float32": _HALF_UNIT, "float16": _FLOAT16_HALF_UNIT}
+    bfloat16 = _numpy_bfloat16()
+    if bfloat16 is not None:
+        units["bfloat16"] = _BFLOAT16_HALF_UNIT
+    for dtype, unit in units.items():
+        wide_w, exact_w = _input((rows, 2 * depth), dtype, 11)
+        for n in (1, 2, 5, 11):
+            wide_x, exact_x = _input((n, 2 * depth), dtype, 12 + n)
+            if dtype == "bfloat16":
+                wide_w, wide_x = wide_w.view(bfloat16), wide_x.view(bfloat16)
+            y = _C.linear_dense(wide_x[:, ::2], wide_w[:, :depth])  # strided, and rows of a wider matrix
+            exact = exact_x[:, ::2] @ exact_w[:, :depth].T
+            magnitude = np.abs(exact_x[:, ::2]) @ np.abs(exact_w[:, :depth]).T
+            bound = (depth / 8 + 16) * _HALF_UNIT * magnitude  # csrc/core/kernels_dense.h
+            _near(f"{dtype} {n} rows", _output(y), exact, bound + (np.abs(exact) + bound) * unit)
+    return f"{', '.join(units)}: 1, 2, 5 and 11 rows are rounded once from the float32 bound"
+
+
 def _thread_independence() -> str:
     w, _ = _input((300, 512), "float32", 9)
     x, _ = _input((40, 512), "float32", 10)
@@ -177,7 +207,8 @@ def _thread_independence() -> str:
             _C.set_num_threads(threads)
             packed, absmax = _C.quantize_4bit(w)
             y = _C.linear_4bit(x, packed, absmax, "nf4", 64, (300, 512))
-            results.append(packed.tobytes() + absmax.tobytes() + y.tobytes())
+            dense = _C.linear_dense(x[:5], w)
+            results.append(packed.tobytes() + absmax.tobytes() + y.tobytes() + dense.tobytes())
     finally:
         _C.set_num_threads(before)
     if len(set(results)) != 1:
@@ -195,5 +226,6 @@ KNOWN_ANSWERS: dict[str, Callable[[], str]] = {
     "product fp4": lambda: _linear_4bit("fp4"),
     "product float16": _linear_float16,
     "product int8": _linear_8bit,
+    "product dense": _linear_dense,
     "thread independence": _thread_independence,
 }

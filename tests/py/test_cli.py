@@ -291,7 +291,7 @@ def test_doctor_reports_a_wrong_kernel(monkeypatch, capsys):
 
     kernels = """
         quantize_4bit dequantize_4bit nest_absmax quantize_8bit dequantize_8bit quantize_rows_int8
-        linear_4bit linear_4bit_grad_input linear_8bit matmul_int8
+        linear_4bit linear_4bit_grad_input linear_8bit matmul_int8 linear_dense
     """.split()  # noqa: SIM905
     for name in kernels:
         monkeypatch.setattr(known_answers, "_C", Broken(name))

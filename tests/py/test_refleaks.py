@@ -38,6 +38,7 @@ def scenarios(label, x):
     codes, scale, _ = _C.quantize_rows_int8(x, 1.0)
     out = np.zeros((6, 6), "f4")
     dense = np.zeros((6, 128), "f4")
+    columns = X[:, ::2]
     shape = (6, 128)
     nested_parts = n.parts()
     functions = {
@@ -59,6 +60,18 @@ def scenarios(label, x):
         "matmul_int8": lambda: _C.matmul_int8(codes, codes),
         "matmul_int8 bad": lambda: _C.matmul_int8(codes, x),
         "linear_8bit": lambda: _C.linear_8bit(x, codes, scale, threshold=2.0),
+        "linear_dense": lambda: (_C.linear_dense(x, x, X[:, 0]), _C.linear_dense(x, x, out=out)),
+        "linear_dense strided": lambda: _C.linear_dense(columns, X[:, :64], X[:, 0]),
+        "linear_dense bad": lambda: _C.linear_dense(x, x, X[0]),
+        "linear_dense bad out": lambda: _C.linear_dense(x, x, out=X),
+        "linear_dense_few": lambda: (_C.linear_dense_few(x, x, None), _C.linear_dense_few(x, x, X[:, 0])),
+        "linear_dense_few not": lambda: (
+            _C.linear_dense_few(dense.T, x, None),
+            _C.linear_dense_few(x, x, X[0]),
+        ),
+        "linear_dense_few bad": lambda: _C.linear_dense_few(x, x, "rubbish"),
+        "linear_dense_rows": lambda: _C.linear_dense_rows("bfloat16"),
+        "linear_dense_rows bad": lambda: _C.linear_dense_rows("int8"),
         "params": lambda: (p.parts(), n.parts(), i8.parts(), q8.parts()),
         "from_parts": lambda: _C.Params4bit.from_parts(**nested_parts),
         "from_parts bad": lambda: _C.Params4bit.from_parts(**{**nested_parts, "shape": (6, 130)}),
