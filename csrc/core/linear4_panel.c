@@ -35,39 +35,15 @@ int64_t hb_product4_shared_chunks(const hb_product4 *p)
                        : hb_ceil_div(p->outputs, p->set->tile_cols);
 }
 
-static void multiply_panel(const hb_product4 *p, int64_t out, int64_t tile_begin, int64_t tile_end,
-                           unsigned char *scratch)
+// Rows of y of tile t of x, from its sums.
+static void store_tile(const hb_product4 *p, int64_t out, int64_t n_out, int64_t t,
+                       const float *sums)
 {
     const hb_linear4_set *set = p->set;
-    const int64_t cols = set->tile_cols;
-    float *sums = (float *)(scratch + p->sums_at);
-    float *scales = p->all_scales != NULL ? p->all_scales : (float *)(scratch + p->scales_at);
-    int64_t n_out = hb_least(cols, p->outputs - out);
-    int64_t tile_sums = set->tile_rows * cols;
-
-    if (!p->share && p->expand && !p->backward && p->blocksize > 0)
-        hb_product4_expand_scales(p, out, n_out, scales);
-    if (p->steps == 0)
-        memset(sums, 0, (size_t)((tile_end - tile_begin) * tile_sums) * sizeof(float));
-    for (int64_t step = 0; step < p->steps; step += set->panel_steps) {
-        int64_t n_steps = hb_least(set->panel_steps, p->steps - step);
-        const unsigned char *panel = scratch;
-        if (p->share)
-            panel = shared_panel(p, out, step);
-        else
-            hb_product4_decode_panel(p, out, n_out, step, n_steps, scales, 0, scratch);
-        if (set->begin != NULL) set->begin();
-        for (int64_t t = tile_begin; t < tile_end; t++) {
-            int n_x = (int)hb_least(set->tile_rows, p->m_count - t * set->tile_rows);
-            const unsigned char *packed =
-                p->packed + t * p->packed_stride + hb_linear4_tile_bytes(set, step);
-            set->tile(packed, panel, n_steps, n_x, step > 0, sums + (t - tile_begin) * tile_sums);
-        }
-        if (set->end != NULL) set->end();
-    }
-    int64_t m_end = hb_least(tile_end * set->tile_rows, p->m_count);
-    for (int64_t m = tile_begin * set->tile_rows; m < m_end; m++) {
-        const float *row = sums + (m - tile_begin * set->tile_rows) * cols;
+    const int64_t cols = set->tile_cols, m_begin = t * set->tile_rows;
+    const int64_t m_end = hb_least(m_begin + set->tile_rows, p->m_count);
+    for (int64_t m = m_begin; m < m_end; m++, sums += cols) {
+        const float *row = sums;
         _Alignas(64) float natural[HB_LINEAR4_MAX_TILE_COLS];
         if (p->rounded != NULL) {
             const float unscale = p->rounded->step * 0x1p7f;
@@ -79,6 +55,44 @@ static void multiply_panel(const hb_product4 *p, int64_t out, int64_t tile_begin
             row = natural;
         }
         hb_product4_store(p, p->m_begin + m, out, n_out, row);
+    }
+}
+
+static void multiply_panel(const hb_product4 *p, int64_t out, int64_t tile_begin, int64_t tile_end,
+                           unsigned char *scratch)
+{
+    const hb_linear4_set *set = p->set;
+    const int64_t cols = set->tile_cols;
+    float *const all_sums = (float *)(scratch + p->sums_at);
+    float *scales = p->all_scales != NULL ? p->all_scales : (float *)(scratch + p->scales_at);
+    int64_t n_out = hb_least(cols, p->outputs - out);
+    int64_t tile_sums = set->tile_rows * cols;
+
+    if (!p->share && p->expand && !p->backward && p->blocksize > 0)
+        hb_product4_expand_scales(p, out, n_out, scales);
+    if (p->steps == 0) {
+        memset(all_sums, 0, (size_t)tile_sums * sizeof(float));
+        for (int64_t t = tile_begin; t < tile_end; t++) store_tile(p, out, n_out, t, all_sums);
+    }
+    for (int64_t step = 0; step < p->steps; step += set->panel_steps) {
+        int64_t n_steps = hb_least(set->panel_steps, p->steps - step);
+        const unsigned char *panel = scratch;
+        if (p->share)
+            panel = shared_panel(p, out, step);
+        else
+            hb_product4_decode_panel(p, out, n_out, step, n_steps, scales, 0, scratch);
+        if (set->begin != NULL) set->begin();
+        float *sums = all_sums;
+        for (int64_t t = tile_begin; t < tile_end; t++, sums += tile_sums) {
+            int n_x = (int)hb_least(set->tile_rows, p->m_count - t * set->tile_rows);
+            const unsigned char *packed =
+                p->packed + t * p->packed_stride + hb_linear4_tile_bytes(set, step);
+            set->tile(packed, panel, n_steps, n_x, step > 0, sums);
+            // At once, while the sums are in L1: the lines of y are far apart and seldom in a
+            // cache, and the next tile takes long enough to wait for them.
+            if (step + n_steps == p->steps) store_tile(p, out, n_out, t, sums);
+        }
+        if (set->end != NULL) set->end();
     }
 }
 

@@ -17,15 +17,18 @@ enum {
 
 // ---- plan -------------------------------------------------------------------------------------
 
-// Rows of x in a pass: so many that packed x stays in the caches, in whole units.
+// Rows of x in a pass: so many that packed x stays in the caches, in whole units, and passes of one
+// length: each decodes all of W.
 static int64_t rows_of_a_pass(const hb_product4 *p)
 {
     const int64_t rows = p->x.rows;
     if (p->dot || p->packed_stride == 0) return rows;
-    const int64_t usual = PASS_ROW_BYTES / p->set->element_bytes / p->unit;
-    const int64_t units = hb_most(PASS_BYTES / p->packed_stride, usual);
-    const int64_t most = PACKED_BYTES / p->packed_stride;
-    return hb_least(hb_most(hb_least(units, most), 1) * p->unit, rows);
+    const int64_t usual = hb_ceil_div(PASS_ROW_BYTES / p->set->element_bytes, p->unit);
+    const int64_t most = hb_most(
+        hb_least(hb_most(PASS_BYTES / p->packed_stride, usual), PACKED_BYTES / p->packed_stride),
+        1);
+    const int64_t units = hb_ceil_div(rows, p->unit);
+    return hb_least(hb_ceil_div(units, hb_ceil_div(units, most)) * p->unit, rows);
 }
 
 // The regime, and how x and the outputs are cut.
