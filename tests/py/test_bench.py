@@ -171,6 +171,7 @@ def test_entries_compute_the_same(monkeypatch):
     bnb = contests.bitsandbytes()
     if bnb is not None:
         made.append((bench.bitsandbytes_4bit(bnb, torch.float32), x))
+        made.append((bench.bitsandbytes_4bit(bnb, torch.float32, fused=False), x))
     with torch.no_grad():
         for (layer, _), argument in made:
             # 4 bits keep at least nine tenths of the signal's energy, another matrix keeps none

@@ -130,7 +130,10 @@ class Bench:
 
         return layer, packed.nbytes + scales.nbytes
 
-    def bitsandbytes_4bit(self, bnb: Any, dtype: torch.dtype, quant_type: str = "nf4") -> tuple:
+    def bitsandbytes_4bit(
+        self, bnb: Any, dtype: torch.dtype, quant_type: str = "nf4", *, fused: bool = True
+    ) -> tuple:
+        """Its layer; not `fused`: as on a processor without AVX-512 BF16, where it dequantizes the whole weight."""
         layer = bnb.nn.Linear4bit(
             self.depth, self.rows, False, dtype, compress_statistics=False, quant_type=quant_type
         )
@@ -138,6 +141,8 @@ class Bench:
             self.weight.clone(), requires_grad=False, compress_statistics=False, quant_type=quant_type
         )
         layer = layer.to("cpu").eval()
+        if not fused:
+            layer.support_avx512bf16_for_cpu = False
         nbytes = layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
 
         def make() -> Any:
@@ -219,6 +224,9 @@ def one_row(bench: Bench, bnb: Any, title: str = "one row") -> list[Row]:
             entry("bitsandbytes fp4 bfloat16", bench.bitsandbytes_4bit(bnb, BF16, "fp4"), half, bench),
             entry("bitsandbytes int8", bench.bitsandbytes_int8(bnb), x.half(), bench),
         ]
+        for name, dtype, of_x in (("float32", F32, x), ("bfloat16", BF16, half)):
+            layer = bench.bitsandbytes_4bit(bnb, dtype, fused=False)
+            entries.append(entry(f"bitsandbytes nf4 {name}, not fused", layer, of_x, bench))
     q4_0 = bench.ggml_4bit((1,))
     if q4_0 is not None:
         entries.append(q4_0(1))
