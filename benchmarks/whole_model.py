@@ -20,6 +20,7 @@ peak      resident memory as the system counts it, file pages included; `own`: w
 cosine    of the angle between the logits after 32 tokens and those of the dense float32 model: that everyone
           computes this model, and how well. Quantizing random weights costs more than quantizing trained ones
 
+"not fused" is bitsandbytes as on a processor without AVX-512 BF16, where it dequantizes each weight for each call.
 "head too" is the one contestant that also quantizes the head, which transformers leaves dense unless told otherwise
 (it sits out where head and embedding are one tensor). "HalfbyteConfig" is halfbyte's own way into transformers with
 all its defaults; the other contestants of halfbyte are bitsandbytes' configuration, run in its place. llama.cpp comes
@@ -60,6 +61,7 @@ CONTESTANTS: dict[str, tuple[list[str], list[str]]] = {
     "dense bfloat16": (PLAIN, ["--kind", "dense", *BF16]),
     "dense float32": (PLAIN, ["--kind", "dense", *F32]),
     "bitsandbytes nf4 bfloat16": (PLAIN, ["--kind", "nf4", *BF16]),
+    "bitsandbytes nf4 bfloat16, not fused": (PLAIN, ["--kind", "nf4", "--not-fused", *BF16]),
     "bitsandbytes nf4 float32": (PLAIN, ["--kind", "nf4", *F32]),
     "halfbyte nf4 bfloat16": (DROP_IN, ["--kind", "nf4", *BF16]),
     "halfbyte nf4 float32": (DROP_IN, ["--kind", "nf4", *F32]),

@@ -62,7 +62,10 @@ class Torch:
             self.arguments["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, **skip
             )
-            import bitsandbytes  # noqa: F401
+            import bitsandbytes
+
+            if args.not_fused:
+                bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
         elif args.kind == "config":
             from halfbyte.integrations.transformers import HalfbyteConfig
 
@@ -204,6 +207,9 @@ def main() -> None:
     parser.add_argument("--kind", choices=("dense", "nf4", "config", "llama.cpp"), required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compute", default="bfloat16", help="of nf4; config: as the model, the default")
+    parser.add_argument(
+        "--not-fused", action="store_true", help="bitsandbytes as on a processor without AVX-512 BF16"
+    )
     parser.add_argument("--head", action="store_true", help="quantize the head too")
     args = parser.parse_args()
     began = time.perf_counter()
