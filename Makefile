@@ -94,7 +94,8 @@ bench: $(VENV)/.built
 
 # The Python suite runs in a build of its own. torch and other big libraries work under AddressSanitizer when its
 # runtime is loaded first; leak checking stays with the C suite, because the interpreter itself keeps memory.
-ASAN := build/asan
+# The path is absolute, for tests that start programs elsewhere.
+ASAN := $(CURDIR)/build/asan
 asan: $(VENV)/.built
 	@$(PY) tests/c/build.py native --sanitize=address,undefined --run
 	@HALFBYTE_SANITIZE=1 $(PY) setup.py -q build --build-base $(ASAN) --build-lib $(ASAN)/lib

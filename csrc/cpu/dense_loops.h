@@ -28,7 +28,7 @@
 #ifndef HB_CPU_DENSE_LOOPS_H
 #define HB_CPU_DENSE_LOOPS_H
 
-#include "core/kernels_dense.h"
+#include "cpu/dense_entries.h"
 
 enum {
     W_ROWS = 2,
@@ -155,13 +155,5 @@ DENSE_INLINE void dot(hb_dtype io, const void *w, int64_t w_stride, int64_t n_ro
     else
         DENSE_ROWS(8);
 }
-
-#define DENSE_DOT(name, io, isa)                                                                   \
-    static void hb_dense_dot_##name##_##isa(const void *w, int64_t w_stride, int64_t n_rows,       \
-                                            int64_t depth, const void *x, int64_t x_stride,        \
-                                            int n_x, float *y, int64_t y_stride)                   \
-    {                                                                                              \
-        dot(io, w, w_stride, n_rows, depth, x, x_stride, n_x, y, y_stride);                        \
-    }
 
 #endif

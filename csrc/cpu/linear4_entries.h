@@ -1,25 +1,28 @@
 // The functions that the table of products with 4-bit weights points at, over the inline functions
-// which each ISA's linear4.c defines under the names permute_x, dot, pack_x, decode_rows,
-// decode_cols and tile. Whether x and W are rounded to bfloat16, and tile's number of rows of x,
-// are constants in each call.
+// which each ISA's linear4.c (linear4_int.h) defines under the names permute_x, dot, pack_x,
+// decode_rows, decode_cols and tile. Whether x and W are rounded to bfloat16, and tile's number of
+// rows of x, are constants in each call.
 #ifndef HB_CPU_LINEAR4_ENTRIES_H
 #define HB_CPU_LINEAR4_ENTRIES_H
 
 #include "core/kernels_linear4.h"
 
-// set: f32 or bf16.
-#define HB_LINEAR4_ENTRIES(set, isa, bf16)                                                         \
+// set: f32, bf16, i16 or i8; how: the argument of permute_x and dot that tells them apart.
+#define HB_LINEAR4_DOT_ENTRIES(set, isa, how)                                                      \
     static void hb_linear4_permute_x_##set##_##isa(const void *x, hb_dtype dtype, int64_t depth,   \
                                                    void *permuted)                                 \
     {                                                                                              \
-        permute_x(x, dtype, depth, bf16, permuted);                                                \
+        permute_x(x, dtype, depth, how, permuted);                                                 \
     }                                                                                              \
     static void hb_linear4_dot_##set##_##isa(const hb_matrix4 *w, int64_t n_rows, int64_t depth,   \
                                              const void *permuted, int n_x, float *y,              \
                                              int64_t y_stride)                                     \
     {                                                                                              \
-        dot(w, n_rows, depth, permuted, n_x, bf16, y, y_stride);                                   \
-    }                                                                                              \
+        dot(w, n_rows, depth, permuted, n_x, how, y, y_stride);                                    \
+    }
+
+#define HB_LINEAR4_ENTRIES(set, isa, bf16)                                                         \
+    HB_LINEAR4_DOT_ENTRIES(set, isa, bf16)                                                         \
     static void hb_linear4_pack_x_##set##_##isa(const void *x, hb_dtype dtype, int64_t x_stride,   \
                                                 int n_x, int64_t steps, void *packed)              \
     {                                                                                              \

@@ -52,7 +52,7 @@ def test_correctness_and_streams(tmp_path):
     assert set(result["parts"]["correct"]["worst"]) == {"codecs", "products", "optimizers"}
     assert 0 < result["parts"]["correct"]["worst"]["products"] <= 1
     assert result["parts"]["build"]["HALFBYTE_CUDA_ARCHS"] == "90"
-    assert (status, output.splitlines()[-1]) == (0, "all parts passed")
+    assert status == 0 and "all parts passed" in output.splitlines()  # a sanitizer warns of fibers after it
     assert result["environment"]["revision"]
 
 

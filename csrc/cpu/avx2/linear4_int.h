@@ -14,6 +14,7 @@
 #define HB_CPU_AVX2_LINEAR4_INT_H
 
 #include "cpu/avx2/linear4_int_dot.h"
+#include "cpu/linear4_entries.h"
 
 enum {
     TILE_ROWS = 6,
@@ -221,22 +222,10 @@ INLINE void tile(const uint8_t *packed, const uint8_t *panel, int64_t steps, boo
 
 // The functions of a folder and its hb_linear4_int_table_<isa>; for how many rows of x dot beats
 // the panels.
-#define HB_INT4_DOT(set, isa, wide)                                                                \
-    static void hb_linear4_permute_x_##set##_##isa(const void *x, hb_dtype dtype, int64_t depth,   \
-                                                   void *permuted)                                 \
-    {                                                                                              \
-        permute_x(x, dtype, depth, wide, permuted);                                                \
-    }                                                                                              \
-    static void hb_linear4_dot_##set##_##isa(const hb_matrix4 *w, int64_t n_rows, int64_t depth,   \
-                                             const void *permuted, int n_x, float *y,              \
-                                             int64_t y_stride)                                     \
-    {                                                                                              \
-        dot(w, n_rows, depth, permuted, n_x, wide, y, y_stride);                                   \
-    }
-
 #define HB_INT4_ENTRIES(isa, until_i16, until_i8)                                                  \
-    HB_INT4_DOT(i16, isa, true)                                                                    \
-    HB_INT4_DOT(i8, isa, false)                                                                    \
+    HB_LINEAR4_DOT_ENTRIES(i16, isa, true)                                                         \
+    HB_LINEAR4_DOT_ENTRIES(i8, isa, false)                                                         \
+    HB_LINEAR4_TILE(i8, isa)                                                                       \
     static void hb_linear4_pack_x_i8_##isa(const void *x, hb_dtype dtype, int64_t x_stride,        \
                                            int n_x, int64_t steps, void *packed)                   \
     {                                                                                              \
@@ -246,18 +235,6 @@ INLINE void tile(const uint8_t *packed, const uint8_t *panel, int64_t steps, boo
                                                 int64_t depth, void *panel)                        \
     {                                                                                              \
         decode_rows(w, n_rows, depth, panel);                                                      \
-    }                                                                                              \
-    static void hb_linear4_tile_i8_##isa(const void *packed, const void *panel, int64_t steps,     \
-                                         int n_x, bool accumulate, float *sums)                    \
-    {                                                                                              \
-        switch (n_x) {                                                                             \
-        case 1: tile(packed, panel, steps, accumulate, sums, 1); break;                            \
-        case 2: tile(packed, panel, steps, accumulate, sums, 2); break;                            \
-        case 3: tile(packed, panel, steps, accumulate, sums, 3); break;                            \
-        case 4: tile(packed, panel, steps, accumulate, sums, 4); break;                            \
-        case 5: tile(packed, panel, steps, accumulate, sums, 5); break;                            \
-        default: tile(packed, panel, steps, accumulate, sums, 6); break;                           \
-        }                                                                                          \
     }                                                                                              \
     void hb_linear4_int_table_##isa(hb_kernels_linear4 *kernels)                                   \
     {                                                                                              \

@@ -5,10 +5,11 @@
 // subnormals included. Accuracy: kernels_dense.h (depth/16 + 6).
 #include "cpu/avx512/io.h"
 
-#define DENSE_INLINE static inline __attribute__((always_inline))
+#define DENSE_BITS 512
+#include "cpu/dense_x86.h"
 
 enum { STEP = 32, PARTS = 2, MAX_X = 8, CHAINED_X = 4 };
-typedef __m512 operand, vector;
+typedef vector operand;
 
 DENSE_INLINE void load_step(const void *row, int64_t k, int64_t present, hb_dtype io, operand *out)
 {
@@ -28,42 +29,11 @@ DENSE_INLINE void load_step(const void *row, int64_t k, int64_t present, hb_dtyp
     }
 }
 
-DENSE_INLINE vector no_sum(void)
-{
-    return _mm512_setzero_ps();
-}
-
 DENSE_INLINE vector add_products(vector sum, operand w, operand x)
 {
     return _mm512_fmadd_ps(w, x, sum);
 }
 
-DENSE_INLINE vector add_sums(vector a, vector b)
-{
-    return _mm512_add_ps(a, b);
-}
-
-DENSE_INLINE float total_of(vector sum)
-{
-    return _mm512_reduce_add_ps(sum);
-}
-
-DENSE_INLINE void fetch(const void *address)
-{
-    _mm_prefetch(address, _MM_HINT_T1);
-}
-
 #include "cpu/dense_loops.h"
 
-DENSE_DOT(f32, HB_F32, avx512)
-DENSE_DOT(bf16, HB_BF16, avx512)
-DENSE_DOT(f16, HB_F16, avx512)
-
-void hb_dense_table_avx512(hb_kernels_dense *kernels)
-{
-    kernels->rows = MAX_X;
-    for (int io = 0; io < HB_IO_COUNT; io++) kernels->until[io] = 8;
-    kernels->dot[HB_F32] = hb_dense_dot_f32_avx512;
-    kernels->dot[HB_BF16] = hb_dense_dot_bf16_avx512;
-    kernels->dot[HB_F16] = hb_dense_dot_f16_avx512;
-}
+HB_DENSE_ENTRIES(avx512, MAX_X, 8)

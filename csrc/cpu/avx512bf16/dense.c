@@ -4,11 +4,11 @@
 // to 1.6 times as fast as the exact products of avx512/dense.c, from memory no faster.
 #include "cpu/avx512/io.h"
 
-#define DENSE_INLINE static inline __attribute__((always_inline))
+#define DENSE_BITS 512
+#include "cpu/dense_x86.h"
 
 enum { STEP = 64, PARTS = 2, MAX_X = 8, CHAINED_X = 4 };
 typedef __m512i operand;
-typedef __m512 vector;
 
 DENSE_INLINE __mmask32 first_words(int64_t count)
 {
@@ -25,34 +25,14 @@ DENSE_INLINE void load_step(const void *row, int64_t k, int64_t present, hb_dtyp
                      : _mm512_maskz_loadu_epi16(first_words(present - 32 * p), words + 32 * p);
 }
 
-DENSE_INLINE vector no_sum(void)
-{
-    return _mm512_setzero_ps();
-}
-
 DENSE_INLINE vector add_products(vector sum, operand w, operand x)
 {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
 }
 
-DENSE_INLINE vector add_sums(vector a, vector b)
-{
-    return _mm512_add_ps(a, b);
-}
-
-DENSE_INLINE float total_of(vector sum)
-{
-    return _mm512_reduce_add_ps(sum);
-}
-
-DENSE_INLINE void fetch(const void *address)
-{
-    _mm_prefetch(address, _MM_HINT_T1);
-}
-
 #include "cpu/dense_loops.h"
 
-DENSE_DOT(bf16, HB_BF16, avx512bf16)
+HB_DENSE_DOT(bf16, HB_BF16, avx512bf16)
 
 void hb_dense_table_avx512bf16(hb_kernels_dense *kernels)
 {

@@ -42,14 +42,4 @@ DENSE_INLINE void fetch(const void *address)
 
 #include "cpu/dense_loops.h"
 
-DENSE_DOT(f32, HB_F32, neon)
-DENSE_DOT(bf16, HB_BF16, neon)
-DENSE_DOT(f16, HB_F16, neon)
-
-void hb_dense_table_neon(hb_kernels_dense *kernels)
-{
-    kernels->rows = MAX_X;
-    kernels->dot[HB_F32] = hb_dense_dot_f32_neon;
-    kernels->dot[HB_BF16] = hb_dense_dot_bf16_neon;
-    kernels->dot[HB_F16] = hb_dense_dot_f16_neon;
-}
+HB_DENSE_ENTRIES(neon, MAX_X, 0) // not measured
