@@ -159,6 +159,11 @@ class BuildExt(build_ext):
         if not self.cuda.startswith("CUDA"):
             self.cuda_target().unlink(missing_ok=True)
         if self.distribution.has_c_libraries():
+            objects = Path(self.get_finalized_command("build_clib").build_temp)
+            compiled = objects.glob("csrc/**/*.o")
+            gone = [o for o in compiled if not (ROOT / o.relative_to(objects)).with_suffix(".c").exists()]
+            for file in gone and [*gone, *objects.glob("libhb_*.a")]:
+                file.unlink()  # archives keep the objects of deleted files
             self.run_command("build_clib")  # build_ext --inplace alone would skip it
         super().run()
         print(f"halfbyte: {self.cuda}", file=sys.stderr)

@@ -47,18 +47,19 @@ typedef void hb_narrow_fn(const float *x, int64_t n, void *out);
 // the sign of its value is not that of x[i].
 typedef void hb_keep_sign_fn(const float *x, int64_t n, int zero, uint8_t *codes);
 
-// 8-bit states of whole blocks of 256 elements, with what it takes to decode and encode them. Both
-// maps have a ladder; that of map1 is signed, that of map2 is not.
+// 8-bit states of whole blocks of 256 elements, with what it takes to decode and encode them. The
+// maps have a ladder; that of map1 is signed, that of map2 is not. AdEMAMix's slow state is of
+// map1; one state: only what ends in 1.
 typedef struct {
-    uint8_t *codes1, *codes2; // [blocks * 256]
-    float *absmax1, *absmax2; // [blocks]
-    const float *map1, *map2; // [256]
+    uint8_t *codes1, *slow_codes, *codes2;  // [blocks * 256]
+    float *absmax1, *slow_absmax, *absmax2; // [blocks]
+    const float *map1, *map2;               // [256]
     const hb_search8 *search1, *search2;
 } hb_states8;
 
-// A whole Adam step in one pass: decode, step, encode, with the sign of the first state kept. p and
-// g have the dtype of the table slot. Where g is not finite p stays and the states become zero.
-typedef void hb_adam8_fn(void *p, const void *g, int64_t blocks, const hb_states8 *states,
+// A whole step in one pass: decode, step, encode, with the signs of map1's states kept. p and g
+// have the dtype of the table slot. Where g is not finite p stays and the states become zero.
+typedef void hb_step8_fn(void *p, const void *g, int64_t blocks, const hb_states8 *states,
                          const hb_optim_scalars *s);
 
 typedef enum {
@@ -77,7 +78,7 @@ typedef struct {
     hb_keep_sign_fn *keep_sign;
     hb_widen_fn *widen[HB_IO_COUNT];
     hb_narrow_fn *narrow[HB_IO_COUNT];
-    hb_adam8_fn *adam8[HB_IO_COUNT]; // NULL: by the separate kernels
+    hb_step8_fn *step8[HB_OPTIMIZER_COUNT][HB_IO_COUNT]; // NULL: by the separate kernels
 } hb_kernels_optim;
 
 // One per ISA folder, in optim.c.
@@ -86,10 +87,29 @@ void hb_optim_table_avx2(hb_kernels_optim *kernels);
 void hb_optim_table_avx512(hb_kernels_optim *kernels);
 void hb_optim_table_neon(hb_kernels_optim *kernels);
 
-#define HB_DECLARE_ADAM8(isa)                                                                      \
-    hb_adam8_fn hb_dyn8_adam_f32_##isa, hb_dyn8_adam_bf16_##isa, hb_dyn8_adam_f16_##isa;
-HB_DECLARE_ADAM8(avx2)
-HB_DECLARE_ADAM8(avx512)
-HB_DECLARE_ADAM8(avx512vbmi)
+#define HB_DECLARE_STEP8(optimizer, isa)                                                           \
+    hb_step8_fn hb_dyn8_##optimizer##_f32_##isa, hb_dyn8_##optimizer##_bf16_##isa,                 \
+        hb_dyn8_##optimizer##_f16_##isa;
+#define HB_DECLARE_OPTIM8(isa)                                                                     \
+    HB_DECLARE_STEP8(adam, isa)                                                                    \
+    HB_DECLARE_STEP8(ademamix, isa)                                                                \
+    HB_DECLARE_STEP8(momentum, isa)                                                                \
+    HB_DECLARE_STEP8(lion, isa)                                                                    \
+    HB_DECLARE_STEP8(rmsprop, isa)                                                                 \
+    HB_DECLARE_STEP8(adagrad, isa)
+HB_DECLARE_STEP8(adam, avx2)
+HB_DECLARE_OPTIM8(avx512)
+HB_DECLARE_OPTIM8(avx512vbmi)
+
+// All steps on 8-bit states of an ISA folder that has every one.
+#define HB_SET_OPTIM8(table, isa)                                                                  \
+    do {                                                                                           \
+        HB_SET_IO(table, step8[HB_ADAM], dyn8_adam, isa);                                          \
+        HB_SET_IO(table, step8[HB_ADEMAMIX], dyn8_ademamix, isa);                                  \
+        HB_SET_IO(table, step8[HB_MOMENTUM], dyn8_momentum, isa);                                  \
+        HB_SET_IO(table, step8[HB_LION], dyn8_lion, isa);                                          \
+        HB_SET_IO(table, step8[HB_RMSPROP], dyn8_rmsprop, isa);                                    \
+        HB_SET_IO(table, step8[HB_ADAGRAD], dyn8_adagrad, isa);                                    \
+    } while (0)
 
 #endif

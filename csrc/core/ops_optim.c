@@ -173,31 +173,37 @@ static void norm_piece(const step_job *job, int64_t tensor, int64_t first, int64
     norm[1] = hb_fold(parameter, HB_SUM_LANES);
 }
 
-// The Adam kernel for 8-bit states that takes tensor t, NULL where only the separate ones do.
-static hb_adam8_fn *fused_adam(const step_job *job, const hb_optim_tensor *t)
+// The kernel for 8-bit states that takes tensor t, NULL where only the separate ones do.
+static hb_step8_fn *fused_step(const step_job *job, const hb_optim_tensor *t)
 {
-    const hb_ladder8 *ladder1 = &job->search1.ladder, *ladder2 = &job->search2.ladder;
-    if (job->optimizer != HB_ADAM || !t->state_is_8bit || job->skip_zeros) return NULL;
-    if (t->p_dtype != t->g_dtype || !ladder1->fits || !ladder2->fits) return NULL;
-    if (!job->search1.decades.fits || !job->search2.decades.fits) return NULL;
-    if (!ladder1->is_signed || ladder2->is_signed) return NULL;
-    return job->kernels->optim.adam8[t->p_dtype];
+    const hb_search8 *search1 = &job->search1, *search2 = &job->search2;
+    if (!t->state_is_8bit || job->skip_zeros || t->p_dtype != t->g_dtype) return NULL;
+    if (!search1->decades.fits || !search1->ladder.is_signed) return NULL;
+    if (has_second_state(job->optimizer) && (!search2->decades.fits || search2->ladder.is_signed))
+        return NULL;
+    return job->kernels->optim.step8[job->optimizer][t->p_dtype];
 }
 
 // Elements [first, first + n): whole blocks at once, the rest of the tensor as a piece.
-static void step_fused(const step_job *job, hb_adam8_fn *step, int64_t tensor, int64_t first,
+static void step_fused(const step_job *job, hb_step8_fn *step, int64_t tensor, int64_t first,
                        int64_t n)
 {
     const hb_optim_tensor *t = &job->tensors[tensor];
     const int64_t blocks = n / BLOCK, whole = blocks * BLOCK;
-    const hb_states8 states = {.codes1 = (uint8_t *)t->state1 + first,
-                               .codes2 = (uint8_t *)t->state2 + first,
-                               .absmax1 = t->absmax1 + first / BLOCK,
-                               .absmax2 = t->absmax2 + first / BLOCK,
-                               .map1 = job->map1,
-                               .map2 = job->map2,
-                               .search1 = &job->search1,
-                               .search2 = &job->search2};
+    hb_states8 states = {.codes1 = (uint8_t *)t->state1 + first,
+                         .absmax1 = t->absmax1 + first / BLOCK,
+                         .map1 = job->map1,
+                         .map2 = job->map2,
+                         .search1 = &job->search1,
+                         .search2 = &job->search2};
+    if (job->optimizer == HB_ADEMAMIX) {
+        states.slow_codes = states.codes1 + t->n;
+        states.slow_absmax = states.absmax1 + hb_ceil_div(t->n, BLOCK);
+    }
+    if (has_second_state(job->optimizer)) {
+        states.codes2 = (uint8_t *)t->state2 + first;
+        states.absmax2 = t->absmax2 + first / BLOCK;
+    }
     if (blocks > 0)
         step((uint8_t *)t->p + (size_t)first * hb_dtype_bytes(t->p_dtype),
              (const uint8_t *)t->g + (size_t)first * hb_dtype_bytes(t->g_dtype), blocks, &states,
@@ -219,7 +225,7 @@ static void run_pieces(const step_job *job, int64_t begin, int64_t end, bool nor
     for (int64_t i = begin; i < end; i++) {
         while (i >= job->first_piece[tensor + 1]) tensor++;
         const hb_optim_tensor *t = &job->tensors[tensor];
-        hb_adam8_fn *fused = norms ? NULL : fused_adam(job, t);
+        hb_step8_fn *fused = norms ? NULL : fused_step(job, t);
         int64_t last = fused ? hb_min_i64(end, job->first_piece[tensor + 1]) : i + 1;
         int64_t first = (i - job->first_piece[tensor]) * PIECE;
         int64_t n = hb_min_i64((last - i) * PIECE, t->n - first);

@@ -288,29 +288,39 @@ COUNT_GROUP(optim_counts)
     if (CHECK_NEW(c, optim.step[HB_ADAM])) CHECK_COUNT(c, "adam, 32-bit states", N, "element")
     k->step[HB_ADAM](p, g, m, NULL, v, N, &scalars);
 
-    float map1[256], map2[256], absmax1[BLOCKS], absmax2[BLOCKS];
+    float map1[256], map2[256], absmax1[BLOCKS], slow_absmax[BLOCKS], absmax2[BLOCKS];
     uint8_t *codes1 = check_buffer(c, N, CHECK_BEGIN), *codes2 = check_buffer(c, N, CHECK_BEGIN);
+    uint8_t *slow_codes = check_buffer(c, N, CHECK_BEGIN);
     hb_search8 *search = check_buffer(c, 2 * sizeof *search, CHECK_BEGIN);
     hb_map8_fill(HB_MAP_DYNAMIC, map1);
     hb_map8_fill(HB_MAP_DYNAMIC_UNSIGNED, map2);
     hb_search8_init(&search[0], map1);
     hb_search8_init(&search[1], map2);
     const hb_states8 states = {.codes1 = codes1,
+                               .slow_codes = slow_codes,
                                .codes2 = codes2,
                                .absmax1 = absmax1,
+                               .slow_absmax = slow_absmax,
                                .absmax2 = absmax2,
                                .map1 = map1,
                                .map2 = map2,
                                .search1 = &search[0],
                                .search2 = &search[1]};
-    for (hb_dtype io = HB_F32; io <= HB_BF16; io++) {
-        if (!CHECK_NEW(c, optim.adam8[io])) continue;
-        check_fill_bytes(c, codes1, N);
-        check_fill_bytes(c, codes2, N);
-        for (int i = 0; i < BLOCKS; i++) absmax1[i] = 0.03f, absmax2[i] = 1e-3f;
-        check_convert(p, m, N, io);
-        check_convert(g, v, N, io);
-        CHECK_COUNT(c, named("adam, 8-bit states, %s", hb_dtype_name(io)), N, "element")
-        k->adam8[io](m, v, BLOCKS, &states, &scalars);
-    }
+    static const char *const names[HB_OPTIMIZER_COUNT] = {"adam", "ademamix", "momentum",
+                                                          "lion", "rmsprop",  "adagrad"};
+    for (int o = 0; o < HB_OPTIMIZER_COUNT; o++)
+        for (hb_dtype io = HB_F32; io <= (o == HB_ADAM ? HB_BF16 : HB_F32); io++) {
+            if (!CHECK_NEW(c, optim.step8[o][io])) continue;
+            check_fill_bytes(c, codes1, N);
+            if (o >= HB_RMSPROP) // sums of squares
+                for (int i = 0; i < N; i++) codes1[i] |= 0x80;
+            check_fill_bytes(c, slow_codes, N);
+            check_fill_bytes(c, codes2, N);
+            for (int i = 0; i < BLOCKS; i++)
+                absmax1[i] = 0.03f, slow_absmax[i] = 0.01f, absmax2[i] = 1e-3f;
+            check_convert(p, m, N, io);
+            check_convert(g, v, N, io);
+            CHECK_COUNT(c, named("%s, 8-bit states, %s", names[o], hb_dtype_name(io)), N, "element")
+            k->step8[o][io](m, v, BLOCKS, &states, &scalars);
+        }
 }

@@ -146,78 +146,104 @@ CHECK_GROUP(optim_keep_sign)
     }
 }
 
-// The fused kernel against the separate ones of the reference, over several steps: p, codes and
-// scales, to the bit. Wild gradients, blocks of zeros and of tiny numbers, all dtypes, odd ends.
-CHECK_GROUP(optim_adam8)
+// A tensor with 8-bit states, all zero.
+static hb_optim_tensor tensor8(check *c, int optimizer, int64_t n, hb_dtype io)
 {
-    static const int64_t sizes[] = {1, 255, 256, 257, 1024, 2048, 2049, 5000};
+    const int64_t rows = optimizer == HB_ADEMAMIX ? 2 : 1;
+    const size_t n_blocks = (size_t)hb_ceil_div(n, HB_OPTIM_BLOCKSIZE);
+    hb_optim_tensor t = {.p = check_buffer(c, (size_t)n * hb_dtype_bytes(io), CHECK_END),
+                         .p_dtype = io,
+                         .g_dtype = io,
+                         .n = n,
+                         .state_is_8bit = true,
+                         .state1 = check_buffer(c, (size_t)(rows * n), CHECK_END),
+                         .absmax1 = check_buffer(c, (size_t)rows * n_blocks * 4, CHECK_END)};
+    memset(t.state1, 0, (size_t)(rows * n));
+    memset(t.absmax1, 0, (size_t)rows * n_blocks * 4);
+    if (optimizer > HB_ADEMAMIX) return t;
+    t.state2 = check_buffer(c, (size_t)n, CHECK_END);
+    t.absmax2 = check_buffer(c, n_blocks * 4, CHECK_END);
+    memset(t.state2, 0, (size_t)n);
+    memset(t.absmax2, 0, n_blocks * 4);
+    return t;
+}
+
+static void check_tensors8(check *c, const hb_optim_tensor *got, const hb_optim_tensor *want,
+                           int optimizer)
+{
+    const int64_t rows = optimizer == HB_ADEMAMIX ? 2 : 1, n = want->n;
+    const size_t n_blocks = (size_t)hb_ceil_div(n, HB_OPTIM_BLOCKSIZE);
+    for (int64_t i = 0; i < n; i++) { // a NaN is a NaN
+        const float p = hb_load_f32(want->p, i, want->p_dtype);
+        const float q = hb_load_f32(got->p, i, want->p_dtype);
+        if (p != p && q != q) hb_store_f32(got->p, i, want->p_dtype, p);
+    }
+    check_equal(c, got->p, want->p, (size_t)n * hb_dtype_bytes(want->p_dtype), "p");
+    check_equal(c, got->absmax1, want->absmax1, (size_t)rows * n_blocks * 4, "absmax1");
+    check_equal(c, got->state1, want->state1, (size_t)(rows * n), "codes of the first state");
+    if (want->state2 == NULL) return;
+    check_equal(c, got->absmax2, want->absmax2, n_blocks * 4, "absmax2");
+    check_equal(c, got->state2, want->state2, (size_t)n, "codes of the second state");
+}
+
+// Several steps of the fused kernel beside the separate ones of the reference, to the bit. Wild
+// gradients and parameters, blocks of zeros and of tiny numbers.
+static void check_steps8(check *c, int optimizer, int64_t n, hb_dtype io, int round)
+{
     static const float grains[] = {1e-2f, 1e-12f, 1e-21f, 1e18f};
     hb_context plain = {.kernels = *c->reference, .pool = c->context->pool};
-    float map1[256], map2[256];
+    const size_t p_bytes = (size_t)n * hb_dtype_bytes(io);
+    float map1[256], map2[256], *values = check_buffer(c, (size_t)n * 4, CHECK_END);
+    void *g = check_buffer(c, p_bytes, CHECK_END);
     hb_map8_fill(HB_MAP_DYNAMIC, map1);
     hb_map8_fill(HB_MAP_DYNAMIC_UNSIGNED, map2);
-    for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
-        if (!CHECK_NEW(c, optim.adam8[io]) || c->kernels->optim.adam8[io] == NULL) continue;
-        for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
-            const int64_t n = sizes[k], n_blocks = hb_ceil_div(n, HB_OPTIM_BLOCKSIZE);
-            const size_t p_bytes = (size_t)n * hb_dtype_bytes(io);
-            float *values = check_buffer(c, (size_t)n * 4, CHECK_END);
-            void *g = check_buffer(c, p_bytes, CHECK_END);
-            hb_optim_tensor t[2]; // tested, reference
-            for (int who = 0; who < 2; who++) {
-                t[who] =
-                    (hb_optim_tensor){.p = check_buffer(c, p_bytes, CHECK_END),
-                                      .g = g,
-                                      .p_dtype = io,
-                                      .g_dtype = io,
-                                      .n = n,
-                                      .state_is_8bit = true,
-                                      .state1 = check_buffer(c, (size_t)n, CHECK_END),
-                                      .state2 = check_buffer(c, (size_t)n, CHECK_END),
-                                      .absmax1 = check_buffer(c, (size_t)n_blocks * 4, CHECK_END),
-                                      .absmax2 = check_buffer(c, (size_t)n_blocks * 4, CHECK_END)};
-                memset(t[who].state1, 0, (size_t)n);
-                memset(t[who].state2, 0, (size_t)n);
-                memset(t[who].absmax1, 0, (size_t)n_blocks * 4);
-                memset(t[who].absmax2, 0, (size_t)n_blocks * 4);
-            }
-            check_fill_normal(c, values, n, 0.02f);
-            check_convert(values, t[0].p, n, io);
-            memcpy(t[1].p, t[0].p, p_bytes);
-            for (int step = 1; step <= 6; step++) {
-                const hb_optim_settings settings = {.lr = 1e-2,
-                                                    .beta1 = 0.9,
-                                                    .beta2 = 0.999,
-                                                    .eps = step % 2 ? 1e-8 : 0.0,
-                                                    .weight_decay = 0.1,
-                                                    .gnorm_scale = step % 3 ? 1.0 : 0.3};
-                if (step == 5)
-                    check_fill_wild(c, values, n, true);
-                else
-                    check_fill_normal(c, values, n, grains[(step + (int)k) % 4]);
-                for (int64_t i = 0; i < n; i++)
-                    if (i / 100 % 7 == 0) values[i] = i % 2 ? 0.0f : -0.0f;
-                check_convert(values, g, n, io);
-                hb_error error;
-                for (int who = 0; who < 2; who++) {
-                    t[who].step = step;
-                    hb_status status =
-                        hb_optimizer_step(who ? &plain : c->context, &(hb_device){.type = HB_CPU},
-                                          HB_ADAM, &t[who], 1, &settings, map1, map2, NULL, &error);
-                    CHECK(c, status == HB_OK, "step: %s", error.text);
-                }
-                for (int64_t i = 0; i < n; i++) { // a NaN is a NaN
-                    const float want = hb_load_f32(t[1].p, i, io), got = hb_load_f32(t[0].p, i, io);
-                    if (want != want && got != got) hb_store_f32(t[0].p, i, io, want);
-                }
-                check_label(c, "%s n=%lld step %d", hb_dtype_name(io), (long long)n, step);
-                check_equal(c, t[0].p, t[1].p, p_bytes, "p");
-                check_equal(c, t[0].absmax1, t[1].absmax1, (size_t)n_blocks * 4, "absmax1");
-                check_equal(c, t[0].absmax2, t[1].absmax2, (size_t)n_blocks * 4, "absmax2");
-                check_equal(c, t[0].state1, t[1].state1, (size_t)n, "codes of the first state");
-                check_equal(c, t[0].state2, t[1].state2, (size_t)n, "codes of the second state");
-            }
-            check_release(c);
-        }
+    hb_optim_tensor got = tensor8(c, optimizer, n, io), want = tensor8(c, optimizer, n, io);
+    check_fill_normal(c, values, n, 0.02f);
+    if (round % 3 == 2) // infinite and NaN parameters, which decay brings into states
+        for (int64_t i = 0; i < n; i += 700)
+            values[i] = hb_f32_from_bits(0x7f800000u | (i % 3 == 1));
+    check_convert(values, got.p, n, io);
+    memcpy(want.p, got.p, p_bytes);
+    got.g = want.g = g;
+    for (int step = 1; step <= 6; step++) {
+        const hb_optim_settings settings = {.lr = 1e-2,
+                                            .beta1 = 0.9,
+                                            .beta2 = 0.999,
+                                            .beta3 = 0.9999,
+                                            .alpha = 5.0,
+                                            .eps = step % 2 ? 1e-8 : 0.0,
+                                            .weight_decay = step == 4 ? 0.0 : 0.1,
+                                            .gnorm_scale = step % 3 ? 1.0 : 0.3};
+        if (step == 5)
+            check_fill_wild(c, values, n, true);
+        else
+            check_fill_normal(c, values, n, grains[(step + round) % 4]);
+        for (int64_t i = 0; i < n; i++)
+            if (i / 100 % 7 == 0) values[i] = i % 2 ? 0.0f : -0.0f;
+        check_convert(values, g, n, io);
+        hb_error error;
+        got.step = want.step = step;
+        const hb_device device = {.type = HB_CPU};
+        hb_status status = hb_optimizer_step(c->context, &device, (hb_optimizer)optimizer, &got, 1,
+                                             &settings, map1, map2, NULL, &error);
+        CHECK(c, status == HB_OK, "step: %s", error.text);
+        status = hb_optimizer_step(&plain, &device, (hb_optimizer)optimizer, &want, 1, &settings,
+                                   map1, map2, NULL, &error);
+        CHECK(c, status == HB_OK, "step of the reference: %s", error.text);
+        check_label(c, "%s %s n=%lld step %d", names[optimizer], hb_dtype_name(io), (long long)n,
+                    step);
+        check_tensors8(c, &got, &want, optimizer);
     }
+    check_release(c);
+}
+
+CHECK_GROUP(optim_step8)
+{
+    static const int64_t sizes[] = {1, 255, 256, 257, 1024, 2048, 2049, 5000};
+    for (int o = 0; o < HB_OPTIMIZER_COUNT; o++)
+        for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
+            if (!CHECK_NEW(c, optim.step8[o][io])) continue;
+            for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
+                check_steps8(c, o, sizes[k], io, (int)k);
+        }
 }

@@ -78,7 +78,7 @@ def test_file_sizes():
     unexplained = {name: lines for name, lines in large.items() if name not in LARGE}
     assert not unexplained, f"split these or give a reason in LARGE: {unexplained}"
     assert set(LARGE) <= set(large), f"no longer large: {set(LARGE) - set(large)}"
-    assert read(Path("setup.py")).count("\n") <= 245  # two compilers, six instruction sets, eight GPUs
+    assert read(Path("setup.py")).count("\n") <= 248  # two compilers, six instruction sets, eight GPUs
     assert read(Path("python/halfbyte/__init__.py")).count("\n") <= 60
 
 
@@ -119,7 +119,7 @@ def test_kernels_keep_one_order():
 
 
 # A file with a part of the kernels of another one, which is the one to compare with.
-PARTS = {"quantize4.c": "codec4.c", "adam8.c": "optim.c"}
+PARTS = {"quantize4.c": "codec4.c", "optim8.c": "optim.c"}
 
 
 def test_every_isa_file_has_a_reference_of_that_name():

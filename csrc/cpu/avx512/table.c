@@ -7,6 +7,6 @@ void hb_table_avx512(hb_kernels *kernels)
     hb_linear8_table_avx512(&kernels->linear8);
     hb_dense_table_avx512(&kernels->dense);
     hb_optim_table_avx512(&kernels->optim);
-    HB_SET_IO(kernels->optim, adam8, dyn8_adam, avx512);
+    HB_SET_OPTIM8(kernels->optim, avx512);
     hb_ruler_table_avx512(&kernels->ruler);
 }

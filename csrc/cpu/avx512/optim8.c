@@ -1,4 +1,4 @@
-// A step of Adam on 8-bit blocks with AVX-512 F/BW/DQ/VL: a gather per sixteen codes.
+// Steps on 8-bit blocks with AVX-512 F/BW/DQ/VL: a gather per sixteen codes. How: states8.h.
 #include "cpu/avx512/words8.h"
 
 typedef const float *decoder;
@@ -17,7 +17,9 @@ static inline void decode(const decoder *d, const uint8_t *codes, __m512 value[4
 }
 
 #include "cpu/avx512/adam8.h"
+#include "cpu/avx512/single8.h"
 
-ADAM8(f32, HB_F32, avx512)
-ADAM8(bf16, HB_BF16, avx512)
-ADAM8(f16, HB_F16, avx512)
+#define OPTIM8(io, dtype) ADAM8(io, dtype, avx512) SINGLE8(io, dtype, avx512)
+OPTIM8(f32, HB_F32)
+OPTIM8(bf16, HB_BF16)
+OPTIM8(f16, HB_F16)

@@ -1,6 +1,6 @@
 // A step of Adam on whole 8-bit blocks with AVX2. Formula: core/kernels_optim.h.
 //
-// As avx512/adam8.h: a block of 256 is decoded, stepped and kept in the L1 cache while the maxima
+// As avx512/states8.h: a block of 256 is decoded, stepped and kept in the L1 cache while the maxima
 // of its states are taken, then encoded. Accuracy: the bits of the separate kernels.
 #include "cpu/avx2/ladder8.h"
 

@@ -1,4 +1,5 @@
-// A step of Adam on 8-bit blocks with AVX-512 VBMI: codes are looked up in planes of bytes.
+// Steps on 8-bit blocks with AVX-512 VBMI: codes are looked up in planes of bytes. How:
+// avx512/states8.h.
 #include "cpu/avx512vbmi/planes8.h"
 #include "cpu/avx512vbmi/words8.h"
 
@@ -15,7 +16,9 @@ static inline void decode(const decoder *d, const uint8_t *codes, __m512 value[4
 }
 
 #include "cpu/avx512/adam8.h"
+#include "cpu/avx512/single8.h"
 
-ADAM8(f32, HB_F32, avx512vbmi)
-ADAM8(bf16, HB_BF16, avx512vbmi)
-ADAM8(f16, HB_F16, avx512vbmi)
+#define OPTIM8(io, dtype) ADAM8(io, dtype, avx512vbmi) SINGLE8(io, dtype, avx512vbmi)
+OPTIM8(f32, HB_F32)
+OPTIM8(bf16, HB_BF16)
+OPTIM8(f16, HB_F16)
