@@ -6,6 +6,7 @@
 
 #include "core/kernels_codec.h"
 #include "core/kernels_dense.h"
+#include "core/kernels_fused.h"
 #include "core/kernels_linear4.h"
 #include "core/kernels_linear8.h"
 #include "core/kernels_optim.h"
@@ -16,6 +17,7 @@ typedef struct {
     hb_kernels_linear4 linear4; // matrix products with 4-bit weights
     hb_kernels_linear8 linear8; // matrix products with int8 weights
     hb_kernels_dense dense;     // products of few rows with plain weights
+    hb_kernels_fused fused;     // norms, activations: what lies between the products
     hb_kernels_optim optim;     // steps of the optimizers
     hb_kernels_ruler ruler;     // what the machine can do at most
 } hb_kernels;

@@ -110,6 +110,20 @@ hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, cons
 hb_status hb_linear_dense(hb_context *context, const hb_view *x, const hb_view *w,
                           const hb_view *bias, const hb_view *y, hb_error *error);
 
+// ---- what lies between the products (ops_fused.c) ----------------------------------------------
+
+// All views have one io dtype, lie in the CPU's memory, and are contiguous in their last dimension.
+
+// y = w round(x / sqrt(mean(x^2) + eps)) over the last dimension; x and y [..., n], w [n]. The mean
+// is summed in float64 and rounded to float32, as are eps, the square root, its inverse and the
+// product with x; that and the product with w are rounded to the dtype.
+hb_status hb_rms_norm(hb_context *context, const hb_view *x, const hb_view *w, float eps,
+                      const hb_view *y, hb_error *error);
+// y = round(f(gate)) up, elementwise; rounded to the dtype after f and after the product. One
+// shape.
+hb_status hb_gate(hb_context *context, const hb_view *gate, const hb_view *up, hb_activation f,
+                  const hb_view *y, hb_error *error);
+
 // ---- 8-bit block-wise with a 256-entry map (ops_8bit.c) ---------------------------------------
 
 typedef enum {

@@ -11,6 +11,7 @@ extern PyMethodDef hb_functions_4bit[];
 extern PyMethodDef hb_functions_8bit[];
 extern PyMethodDef hb_functions_cuda[];
 extern PyMethodDef hb_functions_dense[];
+extern PyMethodDef hb_functions_fused[];
 extern PyMethodDef hb_functions_grouped[];
 extern PyMethodDef hb_functions_info[];
 extern PyMethodDef hb_functions_optim[];

@@ -101,6 +101,7 @@ static int module_exec(PyObject *module)
     if (PyModule_AddFunctions(module, hb_functions_8bit) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_dense) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_cuda) < 0) return -1;
+    if (PyModule_AddFunctions(module, hb_functions_fused) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_grouped) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_info) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_optim) < 0) return -1;

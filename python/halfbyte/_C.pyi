@@ -420,6 +420,19 @@ def linear_dense_rows(dtype: Any, /) -> int:
     """Rows of x up to which linear_dense was measured to be no slower than torch's dense product on processors with
     the instruction set in use; 0 where nobody measured."""
 
+def rms_norm(x: _Array, weight: _Array, eps: float, /) -> _Array:
+    """y = weight * round(x / sqrt(mean(x^2) + eps)) over the last dimension, rounded where transformers' LlamaRMSNorm
+    rounds, the mean summed in float64.
+
+    x [..., n] and weight [n] of one dtype, float32, bfloat16 or float16, with contiguous rows -> as x.
+
+    TypeError: another dtype, or two. ValueError: shapes that do not fit, strided rows, memory of a GPU.
+    """
+
+def gate(gate: _Array, up: _Array, activation: Literal["silu", "gelu_tanh"], /) -> _Array:
+    """round(f(gate)) * up, rounded: two arrays of one shape and dtype, with contiguous rows. Accuracy of f:
+    csrc/core/kernels_fused.h. Errors as rms_norm."""
+
 def optimizer_step(
     optimizer: Literal["adam", "ademamix", "momentum", "lion", "rmsprop", "adagrad"],
     tensors: Iterable[tuple[Any, ...]],

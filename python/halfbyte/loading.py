@@ -76,7 +76,8 @@ def load(
     -------
     transformers.PreTrainedModel
         Linear layers that stay dense are `halfbyte.torch.nn.Linear`, which multiplies few rows faster on the CPU, as
-        `use_dense_kernels` makes them; `HalfbyteConfig(dense_kernels=False)` leaves them alone.
+        `use_dense_kernels` makes them, and norms run in halfbyte's kernels there, as `use_fused_kernels` lets them;
+        `HalfbyteConfig(dense_kernels=False, fused_kernels=False)` leaves both alone.
 
     Raises
     ------
@@ -115,9 +116,11 @@ def load(
     with _large_blocks_returned():
         loaded = loader.from_pretrained(folder, **kwargs)
     if not _is_native(quantization_config):  # whose own setting decides
-        from halfbyte.torch.nn import use_dense_kernels
+        from halfbyte.torch.nn import use_dense_kernels, use_fused_kernels
 
-        use_dense_kernels(loaded[0] if isinstance(loaded, tuple) else loaded)  # output_loading_info
+        made = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info
+        use_dense_kernels(made)
+        use_fused_kernels(made)
     return loaded
 
 

@@ -7,6 +7,7 @@ void hb_table_ref(hb_kernels *kernels)
     hb_linear4_int_table_ref(&kernels->linear4);
     hb_linear8_table_ref(&kernels->linear8);
     hb_dense_table_ref(&kernels->dense);
+    hb_fused_table_ref(&kernels->fused);
     hb_optim_table_ref(&kernels->optim);
     hb_ruler_table_ref(&kernels->ruler);
 }

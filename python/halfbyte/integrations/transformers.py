@@ -7,8 +7,8 @@ searched scales, globs for what to leave alone, the model's own dtype for comput
 and models that count as compilable.
 
 How it fits in. transformers builds the model on the meta device; `HalfbyteQuantizer` replaces its linear layers and
-takes over its experts; then each tensor of the checkpoint passes through `_Quantize` (a dense checkpoint) or
-`_Deserialize` (one that is quantized already). Importing this module registers both under the method "halfbyte".
+takes over its experts; then each tensor of the checkpoint passes through `Quantize` (a dense checkpoint) or
+`Deserialize` (one that is quantized already). Importing this module registers both under the method "halfbyte".
 
 What is saved. Where all quantized weights belong to linear layers, `config.json` says `quant_method: bitsandbytes` in
 that library's terms, and the files can be read by plain transformers with bitsandbytes. With quantized experts
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 try:
-    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.core_model_loading import WeightConverter
 except ModuleNotFoundError as error:
     import transformers
 
@@ -43,6 +43,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.checkpoint.layers import skipped_by
+from halfbyte.integrations.conversion import Deserialize, Quantize
 from halfbyte.torch.functional import (
     BLOCKSIZES_4BIT,
     dequantize_4bit,
@@ -59,6 +60,7 @@ from halfbyte.torch.nn.experts import (
     int8_experts,
     quantized_experts,
 )
+from halfbyte.torch.nn.fused import use_fused_kernels
 from halfbyte.torch.nn.linear import Linear, use_dense_kernels
 from halfbyte.torch.nn.parametrize import Bnb4bitParametrization, register_quantized
 
@@ -111,6 +113,9 @@ class HalfbyteConfig(QuantizationConfigMixin):
     dense_kernels : bool
         Let linear layers that stay dense, such as the head, multiply few rows with halfbyte's kernels on the CPU
         (`halfbyte.torch.nn.use_dense_kernels`). Nothing about it is saved with the model.
+    fused_kernels : bool
+        Let the model's norms run in halfbyte's kernels on the CPU (`halfbyte.torch.nn.use_fused_kernels`). Nothing
+        about it is saved with the model.
 
     Raises
     ------
@@ -131,6 +136,7 @@ class HalfbyteConfig(QuantizationConfigMixin):
         threshold: float = 6.0,
         experts: bool = True,
         dense_kernels: bool = True,
+        fused_kernels: bool = True,
         **saved: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -152,6 +158,7 @@ class HalfbyteConfig(QuantizationConfigMixin):
         self.threshold = float(threshold)
         self.experts = bool(experts)
         self.dense_kernels = bool(dense_kernels)
+        self.fused_kernels = bool(fused_kernels)
         if format == "int8":
             for name, value, default in (
                 ("blocksize", blocksize, 64),
@@ -453,8 +460,8 @@ class HalfbyteQuantizer(HfQuantizer):
             new.module, module.quant_state = module, new.quant_state
         return new
 
-    def get_quantize_ops(self) -> _Quantize:
-        return _Quantize(self)
+    def get_quantize_ops(self) -> Quantize:
+        return Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
@@ -464,7 +471,7 @@ class HalfbyteQuantizer(HfQuantizer):
             WeightConverter(
                 names if parameter == "weight" else [f"{names[0]}$", *names[1:]],
                 parameter,
-                [_Deserialize(self)],
+                [Deserialize(self)],
             )
             for parameter, names in self.serialized_names.items()
         ]
@@ -491,6 +498,8 @@ class HalfbyteQuantizer(HfQuantizer):
             ]
         if config.dense_kernels:
             use_dense_kernels(model)
+        if config.fused_kernels:
+            use_fused_kernels(model)
         self._keep_reversible_conversions(model)
         if importlib.util.find_spec("bitsandbytes") is not None:
             # PEFT and accelerate take these for "prepare me for k-bit training", and then import bitsandbytes.
@@ -503,7 +512,7 @@ class HalfbyteQuantizer(HfQuantizer):
         def touches(conversion: Any) -> bool:
             if not isinstance(conversion, WeightConverter):
                 return False
-            if any(isinstance(op, _Deserialize) for op in conversion.operations):
+            if any(isinstance(op, Deserialize) for op in conversion.operations):
                 return True
             targets = [t.replace("\\", "").strip("^$") for t in conversion._original_target_patterns]
             return any(target in name for target in targets for name in self.targets)
@@ -528,6 +537,7 @@ class HalfbyteQuantizer(HfQuantizer):
                         delattr(module, parameter)
                         setattr(module, parameter, nn.Parameter(value if dtype is None else value.to(dtype)))
         use_dense_kernels(model, False)
+        use_fused_kernels(model, False)
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if flag in model.__dict__:
                 delattr(model, flag)
@@ -545,43 +555,6 @@ def _stacked_experts(module: nn.Module, bits: int) -> tuple[str, ...]:
     return tuple(
         n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()
     )
-
-
-class _Operation(ConversionOps):
-    def __init__(self, hf_quantizer: HalfbyteQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: dict) -> _Operation:  # transformers makes a copy for each tensor
-        return type(self)(self.hf_quantizer)
-
-
-class _Quantize(_Operation):
-    """The last step for a tensor of a dense checkpoint."""
-
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
-        result = {}
-        for name, value in input_dict.items():
-            value = value[0] if isinstance(value, list) else value
-            if self.hf_quantizer.param_needs_quantization(model, name):
-                value = self.hf_quantizer.quantize(get_module_from_name(model, name)[0], value)
-            result[name] = value
-        return result
-
-
-class _Deserialize(_Operation):
-    """The only step for the tensors of a quantized checkpoint that make one parameter."""
-
-    def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Any]:
-        module, parameter = get_module_from_name(model, full_layer_name)
-        tensors = {
-            key.strip("$").removeprefix(parameter).lstrip("."): value[0] if isinstance(value, list) else value
-            for key, value in input_dict.items()
-        }
-        if not self.hf_quantizer.param_needs_quantization(model, full_layer_name):
-            return {full_layer_name: tensors[""]}  # a dense parameter that has the name of a quantized one
-        return {full_layer_name: self.hf_quantizer.deserialize(module, full_layer_name, tensors)}
 
 
 def _dense_linear(module: Linear4bit | Linear8bitLt, dtype: torch.dtype | None) -> nn.Linear:

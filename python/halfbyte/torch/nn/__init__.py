@@ -8,6 +8,7 @@ from halfbyte.torch.nn.embedding import (
     EmbeddingNF4,
     StableEmbedding,
 )
+from halfbyte.torch.nn.fused import use_fused_kernels
 from halfbyte.torch.nn.int8params import Int8Params
 from halfbyte.torch.nn.linear import Linear, use_dense_kernels
 from halfbyte.torch.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
@@ -31,4 +32,5 @@ __all__ = [
     "Params4bit",
     "StableEmbedding",
     "use_dense_kernels",
+    "use_fused_kernels",
 ]

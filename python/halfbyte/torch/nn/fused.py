@@ -1,0 +1,192 @@
+"""Faster forward passes, in eager mode on the CPU, for what lies between a model's linear layers.
+
+torch carries out a norm in eight operations. Each takes some microseconds, whatever it computes, and those of one token
+add up to more than the products of a small model. `use_fused_kernels` lets modules do such work in one call of `_C`.
+
+How a module is recognised. Not by its name: by what it computes. A copy of the module, with numbers of ours in the
+place of its parameters, runs its own forward pass on inputs whose result does not depend on the order of a sum; only
+if that gives the bits that ours gives, in all three dtypes, the module is changed. A norm that multiplies by 1 + w,
+rounds elsewhere or divides by something else stays as it is, whatever its name.
+
+How it is changed. Its class becomes a subclass of its own class: parameters, attributes, hooks, state dict and
+isinstance stay. Whatever our kernels do not do (gradients to record, other devices and dtypes, compilers, tracers,
+autocast, modes, transforms) the original forward pass does. A changed module pickles and copies as what it is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte import _C
+from halfbyte.torch.nn.linear4bit import runs_eagerly
+
+__all__ = ["FusedNorm", "use_fused_kernels"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_function_modes = torch._C._len_torch_function_stack
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
+_strided = torch.strided
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x can go to a kernel: a plain CPU tensor of float32, bfloat16 or float16, and nobody watches."""
+    return (
+        type(x) is Tensor
+        and runs_eagerly(x)
+        and x.is_cpu
+        and x.dtype in _DTYPES
+        and x.layout is _strided
+        and not x.is_nested
+        and x.is_contiguous()
+        and not _function_modes()
+        and not _is_autocast_enabled("cpu")
+    )
+
+
+class _Fused(nn.Module):
+    """What `_class_of` puts before a module's own class."""
+
+    fused_base: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        cls = type(self)
+        return _empty, (cls.__mro__[1], cls.fused_base), self.__dict__
+
+
+@cache
+def _class_of(mixin: type[_Fused], base: type[nn.Module]) -> type[_Fused]:
+    return type(f"Fused{base.__name__}", (mixin, base), {"fused_base": base, "__doc__": base.__doc__})
+
+
+def _empty(mixin: type[_Fused], base: type[nn.Module]) -> nn.Module:
+    cls = _class_of(mixin, base)
+    return cls.__new__(cls)
+
+
+class FusedNorm(_Fused):
+    """Root mean square norms: y = weight * round(x / sqrt(mean(x^2) + eps)), as `LlamaRMSNorm` rounds.
+
+    The mean is summed in float64, torch sums it in float32; beyond that the results are the same bits.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs:
+            result = self._fused(args[0])
+            if result is not None:
+                return result
+        return super().forward(*args, **kwargs)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        if not _is_plain(x):
+            return None
+        weight = self._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.dtype is not x.dtype or not weight.is_cpu:
+            return None
+        if _is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return None
+        size = weight.shape
+        if (
+            len(size) != 1
+            or x.shape[-1:] != size
+            or weight.layout is not _strided
+            or not weight.is_contiguous()
+        ):
+            return None
+        return _C.rms_norm(x, weight, _eps(self))
+
+
+def _eps(module: nn.Module) -> float:
+    attributes = module.__dict__
+    eps = attributes.get("variance_epsilon")
+    return attributes["eps"] if eps is None else eps
+
+
+def _settings(module: nn.Module) -> frozenset | None:
+    """The plain attributes of a module, by which one probe serves all modules alike; None: there are others."""
+    own = {k: v for k, v in module.__dict__.items() if not k.startswith("_") and k != "training"}
+    simple = all(isinstance(v, bool | int | float | str | tuple | torch.Size) for v in own.values())
+    return frozenset(own.items()) if simple else None
+
+
+def _is_norm(module: nn.Module, known: dict[Any, bool]) -> bool:
+    weight = module._parameters.get("weight")
+    settings = _settings(module)
+    if (
+        settings is None
+        or len(module._parameters) != 1
+        or weight is None
+        or weight.dim() != 1
+        or not len(weight)
+    ):
+        return False
+    if module._buffers or module._modules:
+        return False
+    names = [name for name in ("variance_epsilon", "eps") if isinstance(module.__dict__.get(name), float)]
+    if len(names) != 1:
+        return False
+    key = type(module), settings, len(weight)
+    if key not in known:
+        known[key] = all(_computes_norm(module, names[0], len(weight), dtype) for dtype in _DTYPES)
+    return known[key]
+
+
+def _computes_norm(module: nn.Module, eps: str, size: int, dtype: torch.dtype) -> bool:
+    steps = torch.arange(3 * size, device="cpu")
+    # Multiples of 1/8 below 2: squares are multiples of 1/64, and up to 2^16 of them have an exact sum in float32.
+    # Row 2 is so small that eps counts.
+    x = ((steps * 5 % 31 - 15).float() / 8).view(3, size)
+    x[2] /= 128
+    x = x.to(dtype)
+    weight = (1 + (steps[:size] * 37 % 128).float() / 128).to(dtype)
+    probe = type(module).__new__(type(module))
+    probe.__dict__.update(module.__dict__)
+    probe.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    probe.__dict__[eps] = 2.0**-10
+    try:
+        with torch.no_grad():
+            found = type(module).forward(probe, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    wanted = _C.rms_norm(x, weight, 2.0**-10)
+    return isinstance(found, Tensor) and found.dtype is dtype and torch.equal(found, wanted)
+
+
+def use_fused_kernels(model: nn.Module, enabled: bool = True) -> int:
+    """Let a model's norms run in halfbyte's kernels on the CPU, in place.
+
+    For a model that was quantized with `BitsAndBytesConfig`, or not at all: one that `HalfbyteConfig` has made is
+    changed already. Changed are modules that compute y = weight * round(x / sqrt(mean(x^2) + eps)), as the norms of
+    Llama, Mistral, Qwen and many others do; this module says how they are recognised, and when the original
+    forward pass runs. Parameters stay the same objects.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any module; itself included.
+    enabled : bool
+        False gives the modules their own classes back.
+
+    Returns
+    -------
+    int
+        How many modules were changed.
+    """
+    count = 0
+    known: dict[Any, bool] = {}
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            if not enabled:
+                module.__class__ = module.fused_base
+                count += 1
+        elif (
+            enabled and "forward" not in module.__dict__ and _is_norm(module, known)
+        ):  # hooks of accelerate: forward
+            module.__class__ = _class_of(FusedNorm, type(module))
+            count += 1
+    return count
