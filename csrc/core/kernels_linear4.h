@@ -65,12 +65,12 @@ typedef struct {
 #define HB_LINEAR4_X_BLOCK       16  // what most sets have as x_block
 
 typedef struct {
-    int32_t dot_rows;    // rows of x that one call of dot takes at most
-    int32_t dot_until;   // rows of x up to which dot beats the panel
-    int32_t tile_rows;   // rows of x in a tile, <= HB_LINEAR4_MAX_TILE_ROWS
-    int32_t tile_cols;   // columns of a panel: 16, 32 or 64
-    int32_t panel_steps; // values of the summed index per panel: a power of two, 128..1024
-    int32_t pair; // consecutive values of the summed index kept together: 1, or 2 for bfloat16
+    int32_t dot_rows;      // rows of x that one call of dot takes at most
+    int32_t dot_until;     // rows of x up to which dot beats the panel
+    int32_t tile_rows;     // rows of x in a tile, <= HB_LINEAR4_MAX_TILE_ROWS
+    int32_t tile_cols;     // columns of a panel: 16, 32 or 64
+    int32_t panel_steps;   // values of the summed index per panel: a power of two, 128..1024
+    int32_t pair;          // 1, or 2: steps 16i + j and 16i + j + 8 beside one another (see below)
     int32_t element_bytes; // of permuted x, packed x and panels: 4 float32, 2 bfloat16
     int32_t x_block;       // packed x keeps so many steps of a row together: 16 or 32
     // Integer sets: what comes with each 64 columns (scales, corrections), in bytes; 0 otherwise.
@@ -89,19 +89,22 @@ typedef struct {
     void (*dot)(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const void *permuted, int n_x,
                 float *y, int64_t y_stride);
     // One tile of x: n_x (1..tile_rows) rows at x + t * x_stride elements of dtype ->
-    // packed[ceil(steps / x_block)][tile_rows][x_block], zeros where there is no row or step.
+    // packed[ceil(steps / x_block)][tile_rows][x_block], zeros where there is no row or step;
+    // within x_block in the order of hb_linear4_place.
     void (*pack_x)(const void *x, hb_dtype dtype, int64_t x_stride, int n_x, int64_t steps,
                    void *packed);
     // Forward panel: rows r < n_rows (<= tile_cols) of w, columns k < depth (a multiple of 32, at
-    // most panel_steps) -> panel[depth / pair][tile_cols][pair], summed over k; any
-    // values at r >= n_rows.
+    // most panel_steps) -> panel[depth / pair][tile_cols][pair], summed over k, which has the order
+    // of hb_linear4_place; any values at r >= n_rows.
     void (*decode_rows)(const hb_matrix4 *w, int64_t n_rows, int64_t depth, void *panel);
     // Backward panel: rows r < n_rows (<= panel_steps), columns c < n_cols (a multiple of 16, at
-    // most tile_cols) -> panel[ceil(n_rows / pair)][tile_cols][pair], summed over r, columns in
-    // column_order; any values at c >= n_cols, zeros at an r that completes a pair.
+    // most tile_cols) -> panel[hb_linear4_padded_steps(n_rows) / pair][tile_cols][pair], summed
+    // over r in the order of hb_linear4_place, columns in column_order; any values at c >= n_cols,
+    // zeros at the r behind n_rows.
     void (*decode_cols)(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, void *panel);
     // sums[t * tile_cols + c] (+)= sum_s packed x[t][s] * panel[s][c] for t < n_x (1..tile_rows),
-    // over steps (counted before pairing, odd allowed); adds when `accumulate`, else overwrites.
+    // over steps (any number; packed x and panel are padded); adds when `accumulate`, else
+    // overwrites.
     // Each sum has the same bits whatever n_x. A set with `begin` has tiles multiplied between
     // begin() and end(), on one thread, which does nothing else of the set meanwhile.
     void (*tile)(const void *packed, const void *panel, int64_t steps, int n_x, bool accumulate,
@@ -119,6 +122,25 @@ typedef struct {
     // aligned.
     void (*finish)(const float *sums, const float *bias, int64_t n, hb_dtype dtype, void *y);
 } hb_kernels_linear4;
+
+// Sets with pairs: a pair is one lane of vdpbf16ps, and pairs eight steps apart are what 64 bits of
+// codes hold in both halves, so that decoding a panel never has to bring two results together.
+#define HB_LINEAR4_PAIRED_STEPS 16
+
+// Place of a step in a panel or packed x.
+static inline int64_t hb_linear4_place(const hb_linear4_set *set, int64_t step)
+{
+    if (set->pair == 1) return step;
+    const int64_t within = step % HB_LINEAR4_PAIRED_STEPS, half = HB_LINEAR4_PAIRED_STEPS / 2;
+    return step - within + within % half * 2 + within / half;
+}
+
+// Steps that a panel of so many has room for.
+static inline int64_t hb_linear4_padded_steps(const hb_linear4_set *set, int64_t steps)
+{
+    const int64_t unit = set->pair == 1 ? 1 : HB_LINEAR4_PAIRED_STEPS;
+    return (steps + unit - 1) / unit * unit;
+}
 
 // Bytes from one row of permuted x to the next.
 static inline int64_t hb_linear4_permuted_bytes(const hb_linear4_set *set, int64_t depth)

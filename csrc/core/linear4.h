@@ -76,7 +76,7 @@ static inline int64_t hb_linear4_tile_bytes(const hb_linear4_set *set, int64_t s
 static inline int64_t hb_linear4_panel_bytes(const hb_linear4_set *set, int64_t steps)
 {
     if (set->panel_extra == 0)
-        return hb_round_up(steps, set->pair) * set->tile_cols * set->element_bytes;
+        return hb_linear4_padded_steps(set, steps) * set->tile_cols * set->element_bytes;
     return hb_ceil_div(steps, HB_LINEAR4_INT_STEPS) * set->tile_cols *
            (HB_LINEAR4_INT_STEPS * set->element_bytes + set->panel_extra);
 }

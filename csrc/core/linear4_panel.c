@@ -58,6 +58,47 @@ static void store_tile(const hb_product4 *p, int64_t out, int64_t n_out, int64_t
     }
 }
 
+// Codes and scales of a panel to be decoded, row by row of W; brought into the L2 cache bit by bit,
+// because decoding waits for them longer than it computes.
+typedef struct {
+    const char *codes, *scales; // of the first row; NULL: no scales of W's own, or no panel
+    int64_t code_stride, scale_stride, code_bytes; // bytes from row to row, and of a row
+    int64_t row, n_rows;                           // the next to bring, and how many there are
+} upcoming;
+
+static upcoming panel_to_come(const hb_product4 *p, int64_t out, int64_t step)
+{
+    const hb_linear4_set *set = p->set;
+    if (step >= p->steps) {
+        step = 0;
+        out += set->tile_cols;
+    }
+    if (p->share || p->blocksize == 0 || out >= p->outputs) return (upcoming){0};
+    const int64_t n_out = hb_least(set->tile_cols, p->outputs - out);
+    const int64_t n_steps = hb_least(set->panel_steps, p->steps - step);
+    const int64_t depth = p->w->depth;
+    const int64_t first = p->backward ? step * depth + out : out * depth + step;
+    return (upcoming){
+        .codes = (const char *)(p->w->packed + first / 2),
+        .scales = p->expand ? NULL : (const char *)(p->w->absmax + first / p->blocksize),
+        .code_stride = depth / 2,
+        .scale_stride = depth / p->blocksize * (int64_t)sizeof(float),
+        .code_bytes = (p->backward ? n_out : n_steps) / 2,
+        .n_rows = p->backward ? n_steps : n_out,
+    };
+}
+
+static void prefetch_rows(upcoming *panel, int64_t n)
+{
+    const int64_t end = hb_least(panel->row + n, panel->n_rows);
+    for (; panel->row < end; panel->row++) {
+        const char *codes = panel->codes + panel->row * panel->code_stride;
+        for (int64_t i = 0; i < panel->code_bytes; i += 64) __builtin_prefetch(codes + i, 0, 2);
+        if (panel->scales != NULL)
+            __builtin_prefetch(panel->scales + panel->row * panel->scale_stride, 0, 2);
+    }
+}
+
 static void multiply_panel(const hb_product4 *p, int64_t out, int64_t tile_begin, int64_t tile_end,
                            unsigned char *scratch)
 {
@@ -82,11 +123,14 @@ static void multiply_panel(const hb_product4 *p, int64_t out, int64_t tile_begin
         else
             hb_product4_decode_panel(p, out, n_out, step, n_steps, scales, 0, scratch);
         if (set->begin != NULL) set->begin();
+        upcoming next = panel_to_come(p, out, step + n_steps);
+        const int64_t rows_a_tile = hb_ceil_div(next.n_rows, tile_end - tile_begin);
         float *sums = all_sums;
         for (int64_t t = tile_begin; t < tile_end; t++, sums += tile_sums) {
             int n_x = (int)hb_least(set->tile_rows, p->m_count - t * set->tile_rows);
             const unsigned char *packed =
                 p->packed + t * p->packed_stride + hb_linear4_tile_bytes(set, step);
+            prefetch_rows(&next, rows_a_tile);
             set->tile(packed, panel, n_steps, n_x, step > 0, sums);
             // At once, while the sums are in L1: the lines of y are far apart and seldom in a
             // cache, and the next tile takes long enough to wait for them.
@@ -112,6 +156,7 @@ void hb_product4_panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
         int64_t out_end = hb_least(out_begin + hb_product4_panel_group(p), p->outputs);
         int64_t tile_begin = chunk % p->m_chunks * p->tiles_per_chunk;
         int64_t tile_end = hb_least(tile_begin + p->tiles_per_chunk, n_tiles);
+        if (tile_begin >= tile_end) continue; // a shorter last pass
         for (int64_t out = out_begin; out < out_end; out += p->set->tile_cols)
             multiply_panel(p, out, tile_begin, tile_end, scratch);
     }

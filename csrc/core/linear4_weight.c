@@ -40,7 +40,7 @@ static void decode_elements(const hb_product4 *p, int64_t row, int64_t n_rows, i
 {
     const hb_tensor4 *w = p->w;
     const hb_linear4_set *set = p->set;
-    int64_t n_steps = hb_round_up(p->backward ? n_rows : n_cols, set->pair);
+    int64_t n_steps = hb_linear4_padded_steps(set, p->backward ? n_rows : n_cols);
     memset(panel, 0, (size_t)(n_steps * set->tile_cols * set->element_bytes));
     uint8_t place_of[HB_LINEAR4_MAX_TILE_COLS];
     for (int c = 0; c < set->tile_cols; c++) place_of[set->column_order[c]] = (uint8_t)c;
@@ -53,7 +53,7 @@ static void decode_elements(const hb_product4 *p, int64_t row, int64_t n_rows, i
             int64_t i = start + c;
             unsigned code = i % 2 == 0 ? w->packed[i / 2] >> 4 : w->packed[i / 2] & 15u;
             float value = p->codebook[code] * scales[i / w->blocksize - first_block];
-            int64_t step = p->backward ? r : c;
+            int64_t step = hb_linear4_place(set, p->backward ? r : c);
             int64_t place = p->backward ? place_of[c] : r;
             int64_t at = (step / set->pair * set->tile_cols + place) * set->pair + step % set->pair;
             uint16_t half = hb_bf16_from_f32(value);

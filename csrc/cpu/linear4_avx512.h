@@ -49,6 +49,15 @@ INLINE __m512i load_x_bf16(const void *x, int64_t at, hb_dtype dtype, int64_t de
     return _mm512_inserti64x4(_mm512_castsi256_si512(low_half), high_half, 1);
 }
 
+// Words 8 apart beside one another, in each half of a vector.
+INLINE __m512i paired_words(__m512i words)
+{
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    const __m512i index = _mm512_or_si512(
+        lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(8)), 16));
+    return _mm512_permutexvar_epi16(index, words);
+}
+
 // Scales of the 128 columns from `column`, each in the lanes of its block; 0 beyond `columns`.
 INLINE __m512 group_scales(const float *absmax, int64_t column, int64_t columns, int64_t blocksize,
                            int shift)

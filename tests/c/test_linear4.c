@@ -124,6 +124,12 @@ static void check_dot(check *c, const hb_linear4_set *set, bool bf16, int64_t ro
     check_release(c);
 }
 
+// The step at a place of a panel or packed x: as kernels_linear4.h has it, the other way round.
+static int64_t step_at(const hb_linear4_set *set, int64_t place)
+{
+    return set->pair == 1 ? place : place / 16 * 16 + place % 2 * 8 + place % 16 / 2;
+}
+
 static void check_pack_and_tile(check *c, const hb_linear4_set *set, bool bf16, int64_t steps,
                                 int n_x, hb_dtype dtype)
 {
@@ -131,15 +137,16 @@ static void check_pack_and_tile(check *c, const hb_linear4_set *set, bool bf16, 
                 (int)dtype);
     const int64_t rows = set->tile_rows, cols = set->tile_cols, x_stride = steps + 5;
     const int64_t padded = round_up(steps, set->x_block), pair = set->pair;
-    const int64_t n_panel = round_up(steps, pair) * cols;
+    const int64_t n_panel = round_up(steps, pair == 1 ? 1 : 16) * cols;
     int64_t n_values = (n_x - 1) * x_stride + steps;
     float *values = check_buffer(c, (size_t)n_values * 4, CHECK_END);
     void *x = random_x(c, dtype, n_values, bf16, values);
     void *packed = check_buffer(c, (size_t)(padded * rows * set->element_bytes), CHECK_END);
     set->pack_x(x, dtype, x_stride, n_x, steps, packed);
-    for (int64_t s = 0; s < padded; s++)
+    for (int64_t place = 0; place < padded; place++)
         for (int64_t t = 0; t < rows; t++) {
-            int64_t at = (s / set->x_block * rows + t) * set->x_block + s % set->x_block;
+            const int64_t s = step_at(set, place);
+            int64_t at = (place / set->x_block * rows + t) * set->x_block + place % set->x_block;
             float got = hb_load_f32(packed, at, set->element_bytes == 4 ? HB_F32 : HB_BF16);
             float want = t < n_x && s < steps ? values[t * x_stride + s] : 0.0f;
             check_equal(c, &got, &want, 4, "packed s=%d t=%d", (int)s, (int)t);
@@ -150,8 +157,7 @@ static void check_pack_and_tile(check *c, const hb_linear4_set *set, bool bf16, 
     void *panel = check_buffer(c, (size_t)(n_panel * set->element_bytes), CHECK_END);
     check_fill_normal(c, weights, n_panel, 1.0f);
     for (int64_t i = 0; i < n_panel; i++) {
-        int64_t s = i / (cols * pair) * pair + i % pair;
-        if (s >= steps) weights[i] = 0.0f;
+        if (step_at(set, i / (cols * pair) * pair + i % pair) >= steps) weights[i] = 0.0f;
         if (bf16) weights[i] = bf16_of(weights[i]);
         hb_store_f32(panel, i, panel_type, weights[i]);
     }
@@ -176,9 +182,11 @@ static void check_pack_and_tile(check *c, const hb_linear4_set *set, bool bf16, 
                 continue;
             }
             double sum = 0, magnitude = 0;
-            for (int64_t s = 0; s < steps; s++) {
+            for (int64_t i = 0; i < n_panel / cols; i++) {
+                const int64_t s = step_at(set, i);
+                if (s >= steps) continue;
                 double product = (double)values[t * x_stride + s] *
-                                 weights[(s / pair * cols + j) * pair + s % pair];
+                                 weights[(i / pair * cols + j) * pair + i % pair];
                 sum += product;
                 magnitude += fabs(product);
             }
@@ -208,7 +216,7 @@ static void check_decode(check *c, const hb_linear4_set *set, bool bf16, bool by
     matrix4 w = random_matrix(c, n_rows % 2 ? HB_FP4 : HB_NF4, n_rows, depth, blocksize);
     const int64_t cols = set->tile_cols, pair = set->pair;
     int64_t steps = by_rows ? n_cols : n_rows;
-    int64_t n = round_up(steps, pair) * cols;
+    int64_t n = round_up(steps, pair == 1 ? 1 : 16) * cols;
     hb_dtype type = set->element_bytes == 4 ? HB_F32 : HB_BF16;
     void *panel = check_buffer(c, (size_t)(n * set->element_bytes), CHECK_END);
     hb_matrix4 block = block_at(&w, 0, column);
@@ -217,7 +225,7 @@ static void check_decode(check *c, const hb_linear4_set *set, bool bf16, bool by
     else
         set->decode_cols(&block, n_rows, n_cols, panel);
     for (int64_t i = 0; i < n; i++) {
-        int64_t step = i / (cols * pair) * pair + i % pair, place = i / pair % cols;
+        int64_t step = step_at(set, i / (cols * pair) * pair + i % pair), place = i / pair % cols;
         int64_t row = by_rows ? place : step, k = by_rows ? step : set->column_order[place];
         float got = hb_load_f32(panel, i, type), want;
         if (by_rows ? row >= n_rows : k >= n_cols) continue;
@@ -501,5 +509,63 @@ CHECK_GROUP(linear4_op)
         check_op(c, &(op_case){.m = 600, .rows = 70, .depth = 256, .blocksize = 64, .bf16 = true});
         check_op(c,
                  &(op_case){.m = 300, .rows = 64, .depth = 128, .blocksize = 64, .backward = true});
+    }
+}
+
+// ---- how often W is decoded -------------------------------------------------------------------
+
+static struct {
+    void (*decode_rows)(const hb_matrix4 *w, int64_t n_rows, int64_t depth, void *panel);
+    int64_t calls;
+} counted; // by one thread
+
+static void counting_decode_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, void *panel)
+{
+    counted.calls++;
+    counted.decode_rows(w, n_rows, depth, panel);
+}
+
+// `m` rows of x decode every panel `passes` times.
+static void check_passes(check *c, bool bf16, int64_t m, int64_t passes)
+{
+    enum { DEPTH = 1024, ROWS = 256, BLOCKSIZE = 64 };
+    check_label(c, "passes bf16=%d m=%d", bf16, (int)m);
+    hb_context mine = *c->context;
+    hb_pool_set_threads(mine.pool, 1);
+    hb_linear4_set *set = bf16 ? &mine.kernels.linear4.bf16 : &mine.kernels.linear4.f32;
+    counted.decode_rows = set->decode_rows;
+    counted.calls = 0;
+    set->decode_rows = counting_decode_rows;
+    matrix4 w = random_matrix(c, HB_NF4, ROWS, DEPTH, BLOCKSIZE);
+    const hb_tensor4 tensor = {.format = HB_NF4,
+                               .blocksize = BLOCKSIZE,
+                               .numel = ROWS * DEPTH,
+                               .rows = ROWS,
+                               .depth = DEPTH,
+                               .packed = w.packed,
+                               .absmax = w.absmax};
+    const hb_dtype dtype = bf16 ? HB_BF16 : HB_F32;
+    hb_view x = random_view(c, m, DEPTH, dtype, false, NULL);
+    hb_view y = random_view(c, m, ROWS, dtype, false, NULL);
+    hb_error error = {{0}};
+    hb_status status = hb_linear_4bit(&mine, &x, &tensor, NULL,
+                                      bf16 ? HB_COMPUTE_BF16 : HB_COMPUTE_F32, &y, NULL, &error);
+    CHECK(c, status == HB_OK, "status %d: %s", (int)status, error.text);
+    const int64_t panels = hb_ceil_div(ROWS, set->tile_cols);
+    const int64_t want = passes * panels * hb_ceil_div(DEPTH, set->panel_steps);
+    CHECK(c, counted.calls == want, "decode_rows: %d calls, not %d", (int)counted.calls, (int)want);
+    check_release(c);
+}
+
+CHECK_GROUP(linear4_passes)
+{
+    if (c->bench || c->emulated) return;
+    // A pass of 1024 bytes of a column of x, however many rows a tile has; then two of one length.
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        const hb_linear4_set *set = bf16 ? &c->kernels->linear4.bf16 : &c->kernels->linear4.f32;
+        const int64_t rows = 1024 / set->element_bytes;
+        check_passes(c, bf16, rows, 1);
+        check_passes(c, bf16, rows + set->tile_rows, 2);
+        check_passes(c, bf16, 2 * rows, 2);
     }
 }

@@ -1,8 +1,8 @@
 // Products with 4-bit weights on tile registers (AMX-BF16): the bfloat16 set's panels.
 //
-// Panels are those of avx512bf16, whose pairs of steps beside one another are what tdpbf16ps wants
-// of its second factor; the dot regime is avx512bf16's, too. Packed x has 32 steps of a row
-// together, a row of the first factor.
+// Panels are those of avx512bf16, whose pairs of steps (8 apart) beside one another are what
+// tdpbf16ps wants of its second factor; the dot regime is avx512bf16's, too. Packed x has 32 steps
+// of a row together, a row of the first factor.
 //
 //   tmm4  x, rows 0..15    tmm6  panel, 16 columns   tmm0 = 4 . 6   tmm1 = 4 . 7
 //   tmm5  x, rows 16..31   tmm7  the next 16         tmm2 = 5 . 6   tmm3 = 5 . 7
@@ -27,8 +27,8 @@ static void hb_linear4_pack_x_bf16_amx(const void *x, hb_dtype dtype, int64_t x_
         for (int t = 0; t < TILE_ROWS; t++) {
             __m512i words = _mm512_setzero_si512();
             if (t < n_x)
-                words =
-                    load_x_bf16((const char *)x + (size_t)(t * x_stride) * item, s, dtype, steps);
+                words = paired_words(
+                    load_x_bf16((const char *)x + (size_t)(t * x_stride) * item, s, dtype, steps));
             _mm512_store_si512(out + s * TILE_ROWS + t * STEPS, words);
         }
 }
@@ -104,9 +104,10 @@ static void hb_linear4_tile_bf16_amx(const void *packed, const void *panel, int6
     const uint16_t *weights = panel;
     _Alignas(64) uint16_t rest[STEPS * TILE_COLS];
     if (steps % STEPS != 0) { // what lies behind the panel is not ours, and might be NaN
-        const int64_t full = steps / STEPS * STEPS, pairs = (steps - full + 1) / 2;
+        const int64_t full = steps / STEPS * STEPS;
+        const int64_t present = hb_round_up(steps - full, HB_LINEAR4_PAIRED_STEPS);
         memset(rest, 0, sizeof rest);
-        memcpy(rest, weights + full * TILE_COLS, (size_t)(pairs * 2 * TILE_COLS) * sizeof *rest);
+        memcpy(rest, weights + full * TILE_COLS, (size_t)(present * TILE_COLS) * sizeof *rest);
     }
     if (n_x < TILE_ROWS) configure(n_x);
     for (int c = 0; c < TILE_COLS; c += 2 * TILE_HEIGHT) {
