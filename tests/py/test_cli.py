@@ -90,6 +90,10 @@ def test_every_verb_has_a_module():
         ["quantize", "m", "-o", "q", "--to", "nf4", "--threads", "0"],
         ["quantize", "m", "-o", "q", "--to", "nf4", "--max-shard-size", "big"],
         ["plan", "m", "--context", "-3"],
+        ["bench", "--seconds", "nan"],
+        ["bench", "--seconds", "inf"],
+        ["bench", "--seconds", "-1"],
+        ["eval", "m", "q", "--text", "t", "--max-kl", "nan"],
     ],
     ids=" ".join,
 )
@@ -120,6 +124,9 @@ def test_error_format(tmp_path, capsys):
         (["eval", "{model}", "{model}", "--text", "{weights}"], "E403", "not UTF-8"),
         (["demo", "{none}", "--text", "{text}"], "E401", "does not exist"),
         (["demo", "{model}", "--text", "{weights}"], "E403", "not UTF-8"),
+        (["demo", "{model}", "--text", "{text}", "-o", "{text}/x"], "E402", "Not a directory"),
+        (["bench", "--svg", "{none}/x.svg"], "E402", "No such file"),
+        (["bench", "--svg", "{model}"], "E402", "Is a directory"),
         (["inspect", "{model}/config.json"], "E401", "neither a model folder"),
         (["quantize", "{model}", "--to", "nf4", "-o", "{model}/inside"], "E202", "inside the source"),
         (["quantize", "{model}", "--to", "nf4", "-o", "{text}/x"], "E402", "cannot make"),
@@ -160,8 +167,18 @@ def test_what_a_file_says_does_not_reach_the_terminal_raw(tmp_path, capsys):
     assert r"llama\x1b[2J" in out and r"llama\x1b[2J" in err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full is Linux's")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_stdout_that_is_full(options, tiny_llama):
+    with open("/dev/full", "w") as full:
+        arguments = [sys.executable, "-m", "halfbyte.cli.main", "plan", str(tiny_llama), *options]
+        result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 5
+    assert result.stderr.splitlines()[0] == "error[HB-E501]: plan: No space left on device"
+
+
 def test_json_without_nan(capsys):
-    main_module.print_json({"a": float("nan"), "b": [1.5, (float("nan"),)]})
+    main_module.print_json({"a": float("nan"), "b": [1.5, (float("-inf"),)]})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, [None]]}
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from math import log
 from types import SimpleNamespace
 
@@ -84,3 +88,21 @@ def test_original_and_copy_of_the_bundled_model(tiny_llama, heldout_text):
     assert result.windows == 4
     assert 1e-6 < result.kl < 0.1
     assert 2.0 < result.nll_original < 4.5  # trained: far below log(2048) = 7.6
+
+
+def test_a_model_that_says_nan_fails_every_bound(tiny_llama, tmp_path):
+    """`eval --max-kl`: no comparison holds with NaN, so "not larger" must not be what is asked."""
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text").write_text("some words of a text " * 40)
+    command = [sys.executable, "-m", "halfbyte.cli.main", "eval", tiny_llama, broken, "--text", tmp_path / "text",
+               "--window", "32", "--json"]  # fmt: skip
+    done = subprocess.run([*command, "--max-kl", "1"], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert json.loads(done.stdout)["kl"] is None

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from halfbyte.cli.arguments import add_json, positive
+from halfbyte.cli.arguments import add_json, at_least_zero, check_writable, positive
 
 EPILOG = """\
 Times halfbyte beside what else is installed (torch, bitsandbytes, llama-cpp-python's ggml, NumPy) and beside
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=at_least_zero,
         default=3.0,
         metavar="S",
         help="for each number of rows, or contest; default: 3",
@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(
             "E203", "bench: --svg draws the contests layers and one-row", fix="name one of them"
         )
+    if args.svg:
+        check_writable(args.svg)
     titles = [f"{m} rows" for m in args.rows] if "layers" in names else ["one row"]
     options = Options(
         names,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from halfbyte.cli.arguments import add_json, folder_of, positive, read_text
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     text = read_text(args.text)
     model = folder_of(args.model)
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # not after all the work that is to be written there
     quiet_transformers()
     report = demo.run(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from halfbyte.cli.arguments import add_json, folder_of, positive, read_text
+from halfbyte.cli.arguments import add_json, at_least_zero, folder_of, positive, read_text
 
 EPILOG = """\
 Both models read the same text in float32. KL divergence: how far the predictions moved, in nats per token; the
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=positive, default=256, metavar="N", help="tokens per window")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="read no more of the text")
     parser.add_argument(
-        "--max-kl", type=float, metavar="X", help="exit with 7 if the KL divergence is larger"
+        "--max-kl", type=at_least_zero, metavar="X", help="exit with 7 if the KL divergence is larger"
     )
     add_json(parser)
 
@@ -48,4 +48,4 @@ def run(args: argparse.Namespace) -> int:
             f"NLL change     {result.nll_change:+.6f} ± {result.nll_change_se:.6f} ({result.nll_original:.4f} before)"
         )
         print(f"same top token {result.top1:.2%} of {result.tokens:,} tokens in {result.windows} windows")
-    return 7 if args.max_kl is not None and result.kl > args.max_kl else 0
+    return 7 if args.max_kl is not None and not result.kl <= args.max_kl else 0  # NaN is no pass

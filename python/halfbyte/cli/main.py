@@ -10,6 +10,8 @@ Only argparse is imported here, so that `halfbyte --help` is instant.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import signal
 import sys
@@ -149,7 +151,8 @@ def _missing(error: ModuleNotFoundError) -> Any:
 
 def _fail(error: Any, as_json: bool) -> int:
     if as_json:
-        print_json({"schema": "halfbyte.error/1", "exit_code": error.exit_code, "error": error.to_json()})
+        with contextlib.suppress(OSError):  # stdout itself may be what cannot be written
+            print_json({"schema": "halfbyte.error/1", "exit_code": error.exit_code, "error": error.to_json()})
     _print_error(error.to_json())
     return error.exit_code
 
@@ -170,12 +173,12 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
+    """JSON has neither NaN nor infinities: null stands for them."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":
