@@ -34,11 +34,14 @@ typedef struct {
 // m: first state; slow: AdEMAMix's slow momentum, else unused; v: second state or unused.
 typedef void hb_optim_fn(float *p, const float *g, float *m, float *slow, float *v, int64_t n,
                          const hb_optim_scalars *s);
-// Sum over the elements of the square of the update that the step would make before lr, scale and
-// weight decay (the norm that LAMB and LARS limit), in float64 and in the order of sums.h for a
-// piece; states are not written.
-typedef double hb_optim_norm_fn(const float *p, const float *g, const float *m, const float *v,
-                                int64_t n, const hb_optim_scalars *s);
+// Sums over the elements: of the square of the update that the step would make before lr, scale and
+// weight decay (the norm that LAMB and LARS limit), and of p squared, in float64 and in the order
+// of sums.h for a piece; states are not written.
+typedef struct {
+    double update, parameter;
+} hb_optim_squares;
+typedef void hb_optim_norm_fn(const float *p, const float *g, const float *m, const float *v,
+                              int64_t n, const hb_optim_scalars *s, hb_optim_squares *squares);
 // out[i] = x[i] widened / rounded once.
 typedef void hb_widen_fn(const void *x, int64_t n, float *out);
 typedef void hb_narrow_fn(const float *x, int64_t n, void *out);
@@ -62,6 +65,10 @@ typedef struct {
 typedef void hb_step8_fn(void *p, const void *g, int64_t blocks, const hb_states8 *states,
                          const hb_optim_scalars *s);
 
+// The norms of hb_optim_norm_fn, for each piece of sums.h; the last may have fewer blocks.
+typedef void hb_norm8_fn(const void *p, const void *g, int64_t blocks, const hb_states8 *states,
+                         const hb_optim_scalars *s, hb_optim_squares *squares);
+
 typedef enum {
     HB_ADAM = 0,
     HB_ADEMAMIX,
@@ -79,6 +86,7 @@ typedef struct {
     hb_widen_fn *widen[HB_IO_COUNT];
     hb_narrow_fn *narrow[HB_IO_COUNT];
     hb_step8_fn *step8[HB_OPTIMIZER_COUNT][HB_IO_COUNT]; // NULL: by the separate kernels
+    hb_norm8_fn *norm8[HB_OPTIMIZER_COUNT][HB_IO_COUNT]; // likewise
 } hb_kernels_optim;
 
 // One per ISA folder, in optim.c.
@@ -90,13 +98,18 @@ void hb_optim_table_neon(hb_kernels_optim *kernels);
 #define HB_DECLARE_STEP8(optimizer, isa)                                                           \
     hb_step8_fn hb_dyn8_##optimizer##_f32_##isa, hb_dyn8_##optimizer##_bf16_##isa,                 \
         hb_dyn8_##optimizer##_f16_##isa;
+#define HB_DECLARE_NORM8(optimizer, isa)                                                           \
+    hb_norm8_fn hb_dyn8_##optimizer##_norm_f32_##isa, hb_dyn8_##optimizer##_norm_bf16_##isa,       \
+        hb_dyn8_##optimizer##_norm_f16_##isa;
 #define HB_DECLARE_OPTIM8(isa)                                                                     \
     HB_DECLARE_STEP8(adam, isa)                                                                    \
     HB_DECLARE_STEP8(ademamix, isa)                                                                \
     HB_DECLARE_STEP8(momentum, isa)                                                                \
     HB_DECLARE_STEP8(lion, isa)                                                                    \
     HB_DECLARE_STEP8(rmsprop, isa)                                                                 \
-    HB_DECLARE_STEP8(adagrad, isa)
+    HB_DECLARE_STEP8(adagrad, isa)                                                                 \
+    HB_DECLARE_NORM8(adam, isa)                                                                    \
+    HB_DECLARE_NORM8(momentum, isa)
 HB_DECLARE_STEP8(adam, avx2)
 HB_DECLARE_OPTIM8(avx512)
 HB_DECLARE_OPTIM8(avx512vbmi)
@@ -110,6 +123,8 @@ HB_DECLARE_OPTIM8(avx512vbmi)
         HB_SET_IO(table, step8[HB_LION], dyn8_lion, isa);                                          \
         HB_SET_IO(table, step8[HB_RMSPROP], dyn8_rmsprop, isa);                                    \
         HB_SET_IO(table, step8[HB_ADAGRAD], dyn8_adagrad, isa);                                    \
+        HB_SET_IO(table, norm8[HB_ADAM], dyn8_adam_norm, isa);                                     \
+        HB_SET_IO(table, norm8[HB_MOMENTUM], dyn8_momentum_norm, isa);                             \
     } while (0)
 
 #endif

@@ -18,7 +18,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { PIECE = HB_OPTIM_PIECE, BLOCK = HB_OPTIM_BLOCKSIZE, PIECE_BLOCKS = PIECE / BLOCK };
+enum { PIECE = HB_OPTIM_PIECE, BLOCK = HB_OPTIM_BLOCKSIZE };
 
 typedef struct {
     const hb_kernels *kernels;
@@ -26,7 +26,7 @@ typedef struct {
     const hb_optim_tensor *tensors;
     const int64_t *first_piece; // [count + 1]
     hb_optim_scalars *scalars;  // [count]
-    double *norms;              // [pieces], NULL without a limit
+    hb_optim_squares *norms;    // [pieces], NULL without a limit
     int64_t count;
     bool skip_zeros;
     const float *map1, *map2;
@@ -160,36 +160,18 @@ static void step_piece(const step_job *job, int64_t tensor, int64_t first, int64
         store_state(job, t, t->state2, t->absmax2, &job->search2, 0, first, n, x.v, false);
 }
 
-static void norm_piece(const step_job *job, int64_t tensor, int64_t first, int64_t n, double *norm)
-{
-    const hb_optim_tensor *t = &job->tensors[tensor];
-    piece x;
-    load_piece(job, t, first, n, &x);
-    double update =
-        job->kernels->optim.norm[job->optimizer](x.p, x.g, x.m, x.v, n, &job->scalars[tensor]);
-    double parameter[HB_SUM_LANES] = {0};
-    for (int64_t i = 0; i < n; i++) parameter[i % HB_SUM_LANES] += (double)x.p[i] * (double)x.p[i];
-    norm[0] = update;
-    norm[1] = hb_fold(parameter, HB_SUM_LANES);
-}
-
-// The kernel for 8-bit states that takes tensor t, NULL where only the separate ones do.
-static hb_step8_fn *fused_step(const step_job *job, const hb_optim_tensor *t)
+// Whether the kernels that decode, step and encode in one pass take tensor t.
+static bool is_for_fused(const step_job *job, const hb_optim_tensor *t)
 {
     const hb_search8 *search1 = &job->search1, *search2 = &job->search2;
-    if (!t->state_is_8bit || job->skip_zeros || t->p_dtype != t->g_dtype) return NULL;
-    if (!search1->decades.fits || !search1->ladder.is_signed) return NULL;
-    if (has_second_state(job->optimizer) && (!search2->decades.fits || search2->ladder.is_signed))
-        return NULL;
-    return job->kernels->optim.step8[job->optimizer][t->p_dtype];
+    if (!t->state_is_8bit || job->skip_zeros || t->p_dtype != t->g_dtype) return false;
+    if (!search1->decades.fits || !search1->ladder.is_signed) return false;
+    return !has_second_state(job->optimizer) ||
+           (search2->decades.fits && !search2->ladder.is_signed);
 }
 
-// Elements [first, first + n): whole blocks at once, the rest of the tensor as a piece.
-static void step_fused(const step_job *job, hb_step8_fn *step, int64_t tensor, int64_t first,
-                       int64_t n)
+static hb_states8 states_at(const step_job *job, const hb_optim_tensor *t, int64_t first)
 {
-    const hb_optim_tensor *t = &job->tensors[tensor];
-    const int64_t blocks = n / BLOCK, whole = blocks * BLOCK;
     hb_states8 states = {.codes1 = (uint8_t *)t->state1 + first,
                          .absmax1 = t->absmax1 + first / BLOCK,
                          .map1 = job->map1,
@@ -204,6 +186,16 @@ static void step_fused(const step_job *job, hb_step8_fn *step, int64_t tensor, i
         states.codes2 = (uint8_t *)t->state2 + first;
         states.absmax2 = t->absmax2 + first / BLOCK;
     }
+    return states;
+}
+
+// Elements [first, first + n): whole blocks at once, the rest of the tensor as a piece.
+static void step_fused(const step_job *job, hb_step8_fn *step, int64_t tensor, int64_t first,
+                       int64_t n)
+{
+    const hb_optim_tensor *t = &job->tensors[tensor];
+    const int64_t blocks = n / BLOCK, whole = blocks * BLOCK;
+    const hb_states8 states = states_at(job, t, first);
     if (blocks > 0)
         step((uint8_t *)t->p + (size_t)first * hb_dtype_bytes(t->p_dtype),
              (const uint8_t *)t->g + (size_t)first * hb_dtype_bytes(t->g_dtype), blocks, &states,
@@ -211,9 +203,33 @@ static void step_fused(const step_job *job, hb_step8_fn *step, int64_t tensor, i
     if (whole < n) step_piece(job, tensor, first + whole, n - whole);
 }
 
+static void norm_piece(const step_job *job, int64_t tensor, int64_t first, int64_t n,
+                       hb_optim_squares *squares)
+{
+    piece x;
+    load_piece(job, &job->tensors[tensor], first, n, &x);
+    job->kernels->optim.norm[job->optimizer](x.p, x.g, x.m, x.v, n, &job->scalars[tensor], squares);
+}
+
+// The norms of elements [first, first + n): pieces of whole blocks at once, the last one otherwise.
+static void norm_fused(const step_job *job, hb_norm8_fn *norm, int64_t tensor, int64_t first,
+                       int64_t n, hb_optim_squares *squares)
+{
+    const hb_optim_tensor *t = &job->tensors[tensor];
+    const int64_t pieces = n % BLOCK == 0 ? hb_ceil_div(n, PIECE) : n / PIECE;
+    const int64_t whole = hb_min_i64(pieces * PIECE, n);
+    const hb_states8 states = states_at(job, t, first);
+    if (pieces > 0)
+        norm((const uint8_t *)t->p + (size_t)first * hb_dtype_bytes(t->p_dtype),
+             (const uint8_t *)t->g + (size_t)first * hb_dtype_bytes(t->g_dtype), whole / BLOCK,
+             &states, &job->scalars[tensor], squares);
+    if (whole < n) norm_piece(job, tensor, first + whole, n - whole, squares + pieces);
+}
+
 // Calls one of the two for pieces [begin, end) of the whole list.
 static void run_pieces(const step_job *job, int64_t begin, int64_t end, bool norms)
 {
+    const hb_kernels_optim *k = &job->kernels->optim;
     int64_t tensor = 0, high = job->count;
     while (high - tensor > 1) { // the last tensor whose first piece is <= begin
         int64_t middle = tensor + (high - tensor) / 2;
@@ -222,20 +238,24 @@ static void run_pieces(const step_job *job, int64_t begin, int64_t end, bool nor
         else
             high = middle;
     }
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = begin, last; i < end; i = last) {
         while (i >= job->first_piece[tensor + 1]) tensor++;
         const hb_optim_tensor *t = &job->tensors[tensor];
-        hb_step8_fn *fused = norms ? NULL : fused_step(job, t);
-        int64_t last = fused ? hb_min_i64(end, job->first_piece[tensor + 1]) : i + 1;
-        int64_t first = (i - job->first_piece[tensor]) * PIECE;
-        int64_t n = hb_min_i64((last - i) * PIECE, t->n - first);
-        if (norms)
-            norm_piece(job, tensor, first, n, job->norms + 2 * i);
-        else if (fused != NULL)
-            step_fused(job, fused, tensor, first, n);
+        const bool fits = is_for_fused(job, t);
+        hb_step8_fn *step = fits && !norms ? k->step8[job->optimizer][t->p_dtype] : NULL;
+        hb_norm8_fn *norm = fits && norms ? k->norm8[job->optimizer][t->p_dtype] : NULL;
+        const bool fused = step != NULL || norm != NULL;
+        last = fused ? hb_min_i64(end, job->first_piece[tensor + 1]) : i + 1;
+        const int64_t first = (i - job->first_piece[tensor]) * PIECE;
+        const int64_t n = hb_min_i64((last - i) * PIECE, t->n - first);
+        if (norm != NULL)
+            norm_fused(job, norm, tensor, first, n, &job->norms[i]);
+        else if (norms)
+            norm_piece(job, tensor, first, n, &job->norms[i]);
+        else if (step != NULL)
+            step_fused(job, step, tensor, first, n);
         else
             step_piece(job, tensor, first, n);
-        i = last - 1;
     }
 }
 
@@ -243,6 +263,18 @@ static void step_pieces(void *arg, int64_t begin, int64_t end, int lane)
 {
     (void)lane;
     run_pieces(arg, begin, end, false);
+}
+
+// The same behind norm_pieces, from the last piece to the first: what was read last is still in the
+// caches.
+static void step_pieces_back(void *arg, int64_t begin, int64_t end, int lane)
+{
+    enum { AT_ONCE = 16 };
+    const step_job *job = arg;
+    const int64_t pieces = job->first_piece[job->count];
+    (void)lane;
+    for (; begin < end; begin += AT_ONCE)
+        run_pieces(job, pieces - hb_min_i64(begin + AT_ONCE, end), pieces - begin, false);
 }
 
 static void norm_pieces(void *arg, int64_t begin, int64_t end, int lane)
@@ -258,8 +290,8 @@ static void limit_norms(const step_job *job, const hb_optim_settings *settings)
         double updates[HB_SUM_LANES] = {0}, parameters[HB_SUM_LANES] = {0};
         const int64_t first = job->first_piece[t], pieces = job->first_piece[t + 1] - first;
         for (int64_t i = 0; i < pieces; i++) {
-            updates[i % HB_SUM_LANES] += job->norms[2 * (first + i)];
-            parameters[i % HB_SUM_LANES] += job->norms[2 * (first + i) + 1];
+            updates[i % HB_SUM_LANES] += job->norms[first + i].update;
+            parameters[i % HB_SUM_LANES] += job->norms[first + i].parameter;
         }
         const double update = hb_fold(updates, HB_SUM_LANES);
         const double parameter = hb_fold(parameters, HB_SUM_LANES);
@@ -343,12 +375,13 @@ hb_status hb_optimizer_step(hb_context *context, const hb_device *device, hb_opt
     }
     job.first_piece = first_piece;
     if (limited) {
-        job.norms = malloc(((size_t)first_piece[count] + 1) * 2 * sizeof *job.norms);
+        job.norms = malloc(((size_t)first_piece[count] + 1) * sizeof *job.norms);
         if (job.norms == NULL) goto done;
         hb_parallel_for(context->pool, first_piece[count], norm_pieces, &job);
         limit_norms(&job, settings);
     }
-    hb_parallel_for(context->pool, first_piece[count], step_pieces, &job);
+    hb_parallel_for(context->pool, first_piece[count], limited ? step_pieces_back : step_pieces,
+                    &job);
     status = HB_OK;
 done:
     free(job.norms);

@@ -34,13 +34,12 @@ static void OPTIM(adam_f32)(float *restrict p, const float *restrict g, float *r
     }
 }
 
-static double OPTIM(adam_norm_f32)(const float *restrict p, const float *restrict g,
-                                   const float *restrict m, const float *restrict v, int64_t n,
-                                   const hb_optim_scalars *scalars)
+static void OPTIM(adam_norm_f32)(const float *restrict p, const float *restrict g,
+                                 const float *restrict m, const float *restrict v, int64_t n,
+                                 const hb_optim_scalars *scalars, hb_optim_squares *squares)
 {
-    (void)p;
     const hb_optim_scalars s = *scalars;
-    double sum[HB_SUM_LANES] = {0};
+    double updates[HB_SUM_LANES] = {0}, parameters[HB_SUM_LANES] = {0};
     EACH_ROW(row)
     EACH_LANE(row, l)
     {
@@ -48,9 +47,11 @@ static double OPTIM(adam_norm_f32)(const float *restrict p, const float *restric
         float first = s.beta1 * m[row + l] + s.beta1_rest * gradient;
         float second = s.beta2 * v[row + l] + s.beta2_rest * (gradient * gradient);
         float update = (first * s.inv_corr1) / (sqrtf(second) * s.inv_corr2 + s.eps);
-        sum[l] += (double)update * (double)update;
+        updates[l] += (double)update * (double)update;
+        parameters[l] += (double)p[row + l] * (double)p[row + l];
     }
-    return hb_fold(sum, HB_SUM_LANES);
+    *squares = (hb_optim_squares){.update = hb_fold(updates, HB_SUM_LANES),
+                                  .parameter = hb_fold(parameters, HB_SUM_LANES)};
 }
 
 static void OPTIM(ademamix_f32)(float *restrict p, const float *restrict g, float *restrict m,
@@ -85,22 +86,24 @@ static void OPTIM(momentum_f32)(float *restrict p, const float *restrict g, floa
     }
 }
 
-static double OPTIM(momentum_norm_f32)(const float *restrict p, const float *restrict g,
-                                       const float *restrict m, const float *restrict v, int64_t n,
-                                       const hb_optim_scalars *scalars)
+static void OPTIM(momentum_norm_f32)(const float *restrict p, const float *restrict g,
+                                     const float *restrict m, const float *restrict v, int64_t n,
+                                     const hb_optim_scalars *scalars, hb_optim_squares *squares)
 {
     (void)v;
     const hb_optim_scalars s = *scalars;
     const float carried = s.first ? 0.0f : s.beta1;
-    double sum[HB_SUM_LANES] = {0};
+    double updates[HB_SUM_LANES] = {0}, parameters[HB_SUM_LANES] = {0};
     EACH_ROW(row)
     EACH_LANE(row, l)
     {
         float update =
             carried * m[row + l] + (s.gnorm_scale * g[row + l] + s.coupled_decay * p[row + l]);
-        sum[l] += (double)update * (double)update;
+        updates[l] += (double)update * (double)update;
+        parameters[l] += (double)p[row + l] * (double)p[row + l];
     }
-    return hb_fold(sum, HB_SUM_LANES);
+    *squares = (hb_optim_squares){.update = hb_fold(updates, HB_SUM_LANES),
+                                  .parameter = hb_fold(parameters, HB_SUM_LANES)};
 }
 
 static void OPTIM(lion_f32)(float *restrict p, const float *restrict g, float *restrict m,

@@ -92,10 +92,11 @@ CHECK_GROUP(optim_norms)
     static const int limited[] = {HB_ADAM, HB_MOMENTUM};
     for (int i = 0; i < 2; i++)
         for (int64_t n = 0; n <= N; n += 37) {
-            double want = c->reference->optim.norm[limited[i]](arrays[0], arrays[1], arrays[2],
-                                                               arrays[4], n, &scalars);
-            double got = c->kernels->optim.norm[limited[i]](arrays[0], arrays[1], arrays[2],
-                                                            arrays[4], n, &scalars);
+            hb_optim_squares want, got;
+            c->reference->optim.norm[limited[i]](arrays[0], arrays[1], arrays[2], arrays[4], n,
+                                                 &scalars, &want);
+            c->kernels->optim.norm[limited[i]](arrays[0], arrays[1], arrays[2], arrays[4], n,
+                                               &scalars, &got);
             check_equal(c, &got, &want, sizeof got, "norm of %s, n=%lld", names[limited[i]],
                         (long long)n);
         }
@@ -188,7 +189,7 @@ static void check_tensors8(check *c, const hb_optim_tensor *got, const hb_optim_
 
 // Several steps of the fused kernel beside the separate ones of the reference, to the bit. Wild
 // gradients and parameters, blocks of zeros and of tiny numbers.
-static void check_steps8(check *c, int optimizer, int64_t n, hb_dtype io, int round)
+static void check_steps8(check *c, int optimizer, int64_t n, hb_dtype io, int round, bool limited)
 {
     static const float grains[] = {1e-2f, 1e-12f, 1e-21f, 1e18f};
     hb_context plain = {.kernels = *c->reference, .pool = c->context->pool};
@@ -205,6 +206,8 @@ static void check_steps8(check *c, int optimizer, int64_t n, hb_dtype io, int ro
     check_convert(values, got.p, n, io);
     memcpy(want.p, got.p, p_bytes);
     got.g = want.g = g;
+    float norms[2] = {0};
+    if (limited) got.unorm = &norms[0], want.unorm = &norms[1];
     for (int step = 1; step <= 6; step++) {
         const hb_optim_settings settings = {.lr = 1e-2,
                                             .beta1 = 0.9,
@@ -213,7 +216,8 @@ static void check_steps8(check *c, int optimizer, int64_t n, hb_dtype io, int ro
                                             .alpha = 5.0,
                                             .eps = step % 2 ? 1e-8 : 0.0,
                                             .weight_decay = step == 4 ? 0.0 : 0.1,
-                                            .gnorm_scale = step % 3 ? 1.0 : 0.3};
+                                            .gnorm_scale = step % 3 ? 1.0 : 0.3,
+                                            .max_unorm = limited ? 1e-3 : 0.0};
         if (step == 5)
             check_fill_wild(c, values, n, true);
         else
@@ -233,6 +237,8 @@ static void check_steps8(check *c, int optimizer, int64_t n, hb_dtype io, int ro
         check_label(c, "%s %s n=%lld step %d", names[optimizer], hb_dtype_name(io), (long long)n,
                     step);
         check_tensors8(c, &got, &want, optimizer);
+        if (norms[0] == norms[0] || norms[1] == norms[1])
+            check_equal(c, &norms[0], &norms[1], sizeof *norms, "norm of the update");
     }
     check_release(c);
 }
@@ -244,6 +250,7 @@ CHECK_GROUP(optim_step8)
         for (hb_dtype io = 0; io < HB_IO_COUNT; io++) {
             if (!CHECK_NEW(c, optim.step8[o][io])) continue;
             for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
-                check_steps8(c, o, sizes[k], io, (int)k);
+                for (int limited = 0; limited <= (c->kernels->optim.norm[o] != NULL); limited++)
+                    check_steps8(c, o, sizes[k], io, (int)k, limited);
         }
 }
