@@ -26,11 +26,20 @@ typedef void hb_fused_multiply_fn(float *x, const float *y, int64_t n);
 typedef enum { HB_SILU = 0, HB_GELU_TANH, HB_ACTIVATION_COUNT } hb_activation;
 typedef void hb_fused_activate_fn(float *x, int64_t n);
 
+// x[i] = exp(scale x[i] - m), m = max_i scale x[i]; returns their sum, element i in lane i % LANES,
+// the lanes one after the other. |err| of an element <= 2 u (|scale x[i]| + |m| + 2) of itself.
+typedef float hb_fused_exponentials_fn(float *x, int64_t n, float scale);
+// y[i] += sum_r p[r] v[r, i] for i < cols, r = 0, 1, ... in order; v [rows, cols].
+typedef void hb_fused_weigh_fn(const float *p, const float *v, int64_t rows, int64_t cols,
+                               float *y);
+
 typedef struct {
     hb_fused_squares_fn *squares;
     hb_fused_scale_fn *scale;
     hb_fused_multiply_fn *multiply;
     hb_fused_activate_fn *activate[HB_ACTIVATION_COUNT];
+    hb_fused_exponentials_fn *exponentials;
+    hb_fused_weigh_fn *weigh;
 } hb_kernels_fused;
 
 // One per ISA folder, in fused.c.

@@ -123,6 +123,17 @@ hb_status hb_rms_norm(hb_context *context, const hb_view *x, const hb_view *w, f
 // shape.
 hb_status hb_gate(hb_context *context, const hb_view *gate, const hb_view *up, hb_activation f,
                   const hb_view *y, hb_error *error);
+// y = round(x cos) + round(rotated(x) sin), rounded, with rotated(x) = (-second half, first half)
+// of the last dimension: x and y [batch, heads, 1, depth], depth even; cos, sin [1 or batch, 1,
+// depth].
+hb_status hb_rotate(hb_context *context, const hb_view *x, const hb_view *cosine,
+                    const hb_view *sine, const hb_view *y, hb_error *error);
+// Attention of one token to `length` others: y[b, 0, h] = sum_t p[t] v[b, g, t], p = softmax_t of
+// scale q[b, h, 0] . k[b, g, t], g = h / (heads / groups). q [batch, heads, 1, depth], k [batch,
+// groups, length, depth], v the same, y [batch, 1, heads, depth]; heads a multiple of groups.
+// float32 throughout, one rounding; dot products as in kernels_dense.h.
+hb_status hb_attend(hb_context *context, const hb_view *q, const hb_view *k, const hb_view *v,
+                    float scale, const hb_view *y, hb_error *error);
 
 // ---- 8-bit block-wise with a 256-entry map (ops_8bit.c) ---------------------------------------
 

@@ -5,6 +5,8 @@
 #include "core/kernels_fused.h"
 #include "cpu/simd.h"
 
+#include <math.h>
+
 #define FUSED_PASTE_(name, isa) hb_fused_##name##_##isa
 #define FUSED_PASTE(name, isa)  FUSED_PASTE_(name, isa)
 #define FUSED(name)             FUSED_PASTE(name, HB_FUSED_ISA)
@@ -69,6 +71,30 @@ static void FUSED(gelu_tanh)(float *restrict x, int64_t n)
     }
 }
 
+static float FUSED(exponentials)(float *restrict x, int64_t n, float scale)
+{
+    float largest = -INFINITY, lanes[HB_FUSED_LANES] = {0}, sum = 0;
+    EACH(i)
+    {
+        x[i] *= scale;
+        largest = x[i] > largest ? x[i] : largest;
+    }
+    EACH(i) x[i] = exp_f32(x[i] - largest);
+    int64_t i = 0;
+    for (; i + HB_FUSED_LANES <= n; i += HB_FUSED_LANES)
+        for (int l = 0; l < HB_FUSED_LANES; l++) lanes[l] += x[i + l];
+    for (int l = 0; i + l < n; l++) lanes[l] += x[i + l];
+    for (int l = 0; l < HB_FUSED_LANES; l++) sum += lanes[l];
+    return sum;
+}
+
+static void FUSED(weigh)(const float *restrict p, const float *restrict v, int64_t rows,
+                         int64_t cols, float *restrict y)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < cols; i++) y[i] += p[r] * v[r * cols + i];
+}
+
 void FUSED(table)(hb_kernels_fused *kernels)
 {
     kernels->squares = FUSED(squares);
@@ -76,4 +102,6 @@ void FUSED(table)(hb_kernels_fused *kernels)
     kernels->multiply = FUSED(multiply);
     kernels->activate[HB_SILU] = FUSED(silu);
     kernels->activate[HB_GELU_TANH] = FUSED(gelu_tanh);
+    kernels->exponentials = FUSED(exponentials);
+    kernels->weigh = FUSED(weigh);
 }

@@ -433,6 +433,17 @@ def gate(gate: _Array, up: _Array, activation: Literal["silu", "gelu_tanh"], /) 
     """round(f(gate)) * up, rounded: two arrays of one shape and dtype, with contiguous rows. Accuracy of f:
     csrc/core/kernels_fused.h. Errors as rms_norm."""
 
+def rotate(x: _Array, cos: _Array, sin: _Array, /) -> _Array:
+    """The rotary embedding of one token: round(x cos) + round((-second half, first half) sin), rounded.
+
+    x [batch, heads, 1, depth], cos and sin [1 or batch, 1, depth], all of one dtype. Errors as rms_norm."""
+
+def attend(q: _Array, k: _Array, v: _Array, scale: float, /) -> _Array:
+    """softmax(scale q k^T) v for one token, in float32, rounded once.
+
+    q [batch, heads, 1, depth], k and v [batch, groups, length, depth] -> [batch, 1, heads, depth]; heads a multiple of
+    groups; all of one dtype. Errors as rms_norm."""
+
 def optimizer_step(
     optimizer: Literal["adam", "ademamix", "momentum", "lion", "rmsprop", "adagrad"],
     tensors: Iterable[tuple[Any, ...]],

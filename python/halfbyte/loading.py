@@ -76,7 +76,8 @@ def load(
     -------
     transformers.PreTrainedModel
         Linear layers that stay dense are `halfbyte.torch.nn.Linear`, which multiplies few rows faster on the CPU, as
-        `use_dense_kernels` makes them, and norms run in halfbyte's kernels there, as `use_fused_kernels` lets them;
+        `use_dense_kernels` makes them, and norms and attention of one token are
+        halfbyte's there, as `use_fused_kernels` makes them;
         `HalfbyteConfig(dense_kernels=False, fused_kernels=False)` leaves both alone.
 
     Raises

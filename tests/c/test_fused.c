@@ -41,6 +41,24 @@ static void check_bits(check *c, int64_t n, bool wild)
         same_nan(got, want, n);
         check_equal(c, got, want, bytes, "%d of %d elements, wild %d", what, (int)n, wild);
     }
+    const hb_kernels_fused *tables[2] = {&c->kernels->fused, &c->reference->fused};
+    float *results[2] = {got, want}, totals[2];
+    for (int i = 0; i < 2; i++) {
+        if (n > 0) memcpy(results[i], x, bytes);
+        totals[i] = tables[i]->exponentials(results[i], n, 0.5f);
+    }
+    same_nan(got, want, n);
+    same_nan(&totals[0], &totals[1], 1);
+    check_equal(c, got, want, bytes, "exponentials of %d, wild %d", (int)n, wild);
+    check_equal(c, &totals[0], &totals[1], sizeof totals[0], "their sum");
+    for (int64_t rows = 0; rows < 4; rows++) {
+        for (int i = 0; i < 2; i++) {
+            if (n > 0) memcpy(results[i], y, bytes);
+            tables[i]->weigh(x, y, n > 0 ? rows : 0, rows > 0 ? n / rows : 0, results[i]);
+        }
+        same_nan(got, want, n);
+        check_equal(c, got, want, bytes, "%d weighed rows of %d", (int)rows, (int)n);
+    }
     double sums[2][HB_FUSED_LANES] = {{1.5}, {1.5}};
     for (int i = 0; i < 2; i++) // twice: sums go on where they were
         c->kernels->fused.squares(x, n, sums[0]), c->reference->fused.squares(x, n, sums[1]);

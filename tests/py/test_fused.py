@@ -1,4 +1,4 @@
-"""_C.rms_norm, _C.gate: against float64 with the derived bounds, strides, threads, errors."""
+"""_C.rms_norm, _C.gate, _C.rotate, _C.attend: against float64 with the derived bounds, strides, threads, errors."""
 
 import math
 
@@ -150,3 +150,119 @@ def test_errors(arguments, error, message):
 def test_errors_of_gate(arguments, error, message):
     with pytest.raises(error, match=message):
         _C.gate(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch, heads, depth", [(1, 1, 2), (2, 5, 64), (3, 2, 130)])
+@pytest.mark.parametrize("angles", ["each", "one"])
+def test_rotate_to_the_bit(dtype, batch, heads, depth, angles):
+    rng = np.random.default_rng(depth)
+    x = normal(rng, batch, 1, heads, depth, dtype=dtype).transpose(0, 2, 1, 3)
+    rows = batch if angles == "each" else 1
+    cos, sin = normal(rng, rows, 1, depth, dtype=dtype), normal(rng, rows, 1, depth, dtype=dtype)
+    turned = np.concatenate([-x[..., depth // 2 :], x[..., : depth // 2]], -1)
+    # In float32 as NumPy has it, because ml_dtypes and torch round a product and a sum once, too.
+    a, b = (
+        (p.astype(F) * q[:, None].astype(F)).astype(x.dtype).astype(F) for p, q in ((x, cos), (turned, sin))
+    )
+    assert _C.rotate(x, cos, sin).tobytes() == (a + b).astype(x.dtype).tobytes()
+
+
+def attention(q, k, v, scale, dtype):
+    """(y in float64 [batch, heads, depth], largest error).
+
+    Scores: s = scale q.k with (depth/8 + 16) U sum|q k| scale of kernels_dense.h, one rounding for the scale, and
+    subnormal products where hardware takes them as zero. An exponential has a relative error of twice that, for the
+    largest moves with it, and 2 U (|s| + |m| + 2) of its own; so has their sum, whose lanes and additions add
+    (length/32 + 34) U; the quotient 2 U. Adding up `length` products: (length + 1) U sum p |v|.
+    """
+    q, k, v = (np.asarray(a).astype(np.float64) for a in (q, k, v))
+    shared, (depth, length) = q.shape[1] // k.shape[1], (q.shape[-1], k.shape[2])
+    k, v = np.repeat(k, shared, 1), np.repeat(v, shared, 1)
+    s = scale * np.einsum("bhid,bhtd->bht", q, k)
+    off = ((depth / 8 + 16) * U * scale * np.einsum("bhid,bhtd->bht", abs(q), abs(k))).max(-1, keepdims=True)
+    off += 2.0**-100 + U * abs(s).max(-1, keepdims=True)
+    relative = 2 * off + 2 * U * (2 * abs(s).max(-1, keepdims=True) + 2)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    relative = np.expm1(2 * relative) + (length / 32 + 40 + length) * U * (1 + np.expm1(2 * relative))
+    y, limit = np.einsum("bht,bhtd->bhd", p, v), relative * np.einsum("bht,bhtd->bhd", p, abs(v))
+    unit, least = ROUNDING[dtype]
+    return y, limit + (abs(y) + limit) * unit + least
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(list(DTYPES)),
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    shared=st.sampled_from([1, 2, 4, 9]),
+    length=st.one_of(st.integers(1, 70), st.sampled_from([300, 1500])),
+    depth=st.sampled_from([1, 8, 33, 64, 128, 1024]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_attend(dtype, batch, groups, shared, length, depth, seed):
+    rng = np.random.default_rng(seed)
+    q = normal(rng, batch, groups * shared, 1, depth, dtype=dtype)
+    k = normal(rng, batch, length + 2, groups, depth + 3, dtype=dtype).transpose(0, 2, 1, 3)[
+        :, :, 1:-1, :depth
+    ]
+    v = normal(rng, batch, groups, length, depth, dtype=dtype)
+    for keys, values in ((k, v), (v, k)):
+        y = _C.attend(q, keys, values, depth**-0.5)
+        want, limit = attention(q, keys, values, float(F(depth**-0.5)), dtype)
+        assert y.shape == (batch, 1, groups * shared, depth) and y.dtype == q.dtype
+        assert (abs(y[:, 0].astype(np.float64) - want) <= limit).all()
+
+
+def test_attend_does_not_depend_on_threads_and_keeps_nan_in_its_head():
+    rng = np.random.default_rng(1)
+    q, k, v = (normal(rng, 1, 8, n, 64, dtype="bfloat16") for n in (1, 2000, 2000))
+    before, found = _C.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            _C.set_num_threads(threads)
+            found.append(_C.attend(q, k, v, 0.125))
+    finally:
+        _C.set_num_threads(before)
+    assert found[0].tobytes() == found[1].tobytes()
+    k[0, 3, 1700, 5] = np.nan
+    y = _C.attend(q, k, v, 0.125)
+    assert np.isnan(y[0, 0, 3].astype(F)).all()
+    assert np.delete(y, 3, axis=2).tobytes() == np.delete(found[0], 3, axis=2).tobytes()
+
+
+KV = (1, 2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    "name, shapes, message",
+    [
+        ("rotate", [(1, 2, 2, 4), (1, 1, 4), (1, 1, 4)], "x, expected size 1 in dimension 2, got 2"),
+        ("rotate", [(1, 2, 1, 3), (1, 1, 3), (1, 1, 3)], "x, expected an even depth"),
+        ("rotate", [(3, 2, 1, 4), (2, 1, 4), (3, 1, 4)], "cos, expected size 3 in dimension 0"),
+        ("rotate", [(1, 2, 1, 4), (1, 1, 4), (1, 1, 2)], "sin, expected size 4 in dimension 2"),
+        ("rotate", [(2, 1, 4), (1, 1, 4), (1, 1, 4)], "x, expected 4 dimensions, got 3"),
+        ("attend", [(1, 3, 1, 4), KV, KV], "q, expected a multiple of 2 heads, got 3"),
+        ("attend", [(1, 2, 1, 4), KV, (1, 2, 6, 4)], "v, expected size 5 in dimension 2, got 6"),
+        ("attend", [(1, 2, 1, 4), (1, 2, 0, 4), (1, 2, 0, 4)], "k, expected at least one row, got none"),
+        ("attend", [(1, 2, 2, 4), KV, KV], "q, expected size 1 in dimension 2, got 2"),
+        ("attend", [(2, 1, 4), KV, KV], "q, expected 4 dimensions, got 3"),
+        ("attend", [(1, 2, 1, 1025), (1, 2, 5, 1025), (1, 2, 5, 1025)], "q, expected a depth of 1 to 1024"),
+    ],
+)
+def test_shapes_of_attention(name, shapes, message):
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        getattr(_C, name)(*(np.ones(shape, F) for shape in shapes), *([1.0] if name == "attend" else []))
+
+
+def test_errors_of_attention():
+    q, kv, angle = np.ones((1, 2, 1, 4), F), np.ones(KV, F), np.ones((1, 1, 4), F)
+    with pytest.raises(TypeError, match="rotate: cos, expected float32, got float16"):
+        _C.rotate(q, angle.astype(H), angle)
+    with pytest.raises(TypeError, match="rotate: expected 3 arguments, got 1"):
+        _C.rotate(q)
+    with pytest.raises(ValueError, match="attend: k, expected contiguous rows"):
+        _C.attend(q, np.ones((1, 2, 5, 8), F)[..., ::2], kv, 1.0)
+    with pytest.raises(TypeError, match="attend: expected 4 arguments, got 1"):
+        _C.attend(q)

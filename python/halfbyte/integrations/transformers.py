@@ -114,8 +114,8 @@ class HalfbyteConfig(QuantizationConfigMixin):
         Let linear layers that stay dense, such as the head, multiply few rows with halfbyte's kernels on the CPU
         (`halfbyte.torch.nn.use_dense_kernels`). Nothing about it is saved with the model.
     fused_kernels : bool
-        Let the model's norms run in halfbyte's kernels on the CPU (`halfbyte.torch.nn.use_fused_kernels`). Nothing
-        about it is saved with the model.
+        Let norms, gates and attention of one token run in halfbyte's kernels on the CPU
+        (`halfbyte.torch.nn.use_fused_kernels`). Nothing about it is saved with the model.
 
     Raises
     ------

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from halfbyte import _C
+from halfbyte.torch.nn.fused_attention import attention_forward
 from halfbyte.torch.nn.linear4bit import runs_eagerly
 
-__all__ = ["FusedNorm", "use_fused_kernels"]
+__all__ = ["FusedAttention", "FusedMLP", "FusedNorm", "use_fused_kernels"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,6 +34,7 @@ _function_modes = torch._C._len_torch_function_stack
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
 _strided = torch.strided
+_tracing_state = torch._C._get_tracing_state
 
 
 def _is_plain(x: Any) -> bool:
@@ -101,6 +104,93 @@ class FusedNorm(_Fused):
         return _C.rms_norm(x, weight, _eps(self))
 
 
+class FusedAttention(_Fused):
+    """Attention of transformers, of one token with functions of ours (`fused_attention`)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or _tracing_state() is not None:
+            return super().forward(*args, **kwargs)
+        return attention_forward(self.fused_base)(self, *args, **kwargs)
+
+
+class FusedMLP(_Fused):
+    """down_proj(act_fn(gate_proj(x)) * up_proj(x)) with activation and product in one call.
+
+    The projections are called as modules, with whatever hooks or adapters they have.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        modules = self._modules
+        activation = modules.get("act_fn")
+        name = None
+        if len(args) == 1 and not kwargs and not is_compiling() and activation is not None:
+            name = _activation(type(activation))
+        if name is None or activation._forward_hooks or activation._forward_pre_hooks:
+            return super().forward(*args, **kwargs)
+        gate, up = modules["gate_proj"](args[0]), modules["up_proj"](args[0])
+        if (
+            _is_plain(gate)
+            and type(up) is Tensor
+            and up.dtype is gate.dtype
+            and up.shape == gate.shape
+            and up.is_cpu
+            and up.layout is _strided
+            and up.is_contiguous()
+            and gate.dim() > 0
+            and not (_is_grad_enabled() and (gate.requires_grad or up.requires_grad))
+        ):
+            return modules["down_proj"](_C.gate(gate, up, name))
+        return modules["down_proj"](activation(gate) * up)
+
+
+@cache
+def _activation(cls: type[nn.Module]) -> str | None:
+    """The name in `_C` of an activation without settings."""
+    if cls is nn.SiLU or (cls.__module__, cls.__name__) == ("transformers.activations", "SiLUActivation"):
+        return "silu"
+    return "gelu_tanh" if (cls.__module__, cls.__name__) == ("transformers.activations", "GELUTanh") else None
+
+
+def _is_mlp(module: nn.Module, known: dict[Any, bool]) -> bool:
+    activation = module._modules.get("act_fn")
+    if (
+        module._modules.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        or module._parameters
+        or module._buffers
+    ):
+        return False
+    if activation is None or _activation(type(activation)) is None:
+        return False
+    key = type(module), id(module.__dict__.get("config"))
+    if key not in known:
+        known[key] = _computes_mlp(module)
+    return known[key]
+
+
+def _computes_mlp(module: nn.Module) -> bool:
+    """Whether the module's own forward pass gives the formula's bits with three matrices of ours."""
+    x = torch.arange(-8, 8, device="cpu").float().view(2, 8) / 4
+
+    class Times(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.factor) * self.factor
+
+    gate, up, down, act = Times(1.5), Times(0.75), Times(-0.5), module._modules["act_fn"]
+    probe = type(module).__new__(type(module))
+    probe.__dict__.update(module.__dict__)
+    probe.__dict__["_modules"] = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": act}
+    try:
+        with torch.no_grad():
+            found = type(module).forward(probe, x)
+            return isinstance(found, Tensor) and torch.equal(found, down(act(gate(x)) * up(x)))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+
+
 def _eps(module: nn.Module) -> float:
     attributes = module.__dict__
     eps = attributes.get("variance_epsilon")
@@ -158,12 +248,13 @@ def _computes_norm(module: nn.Module, eps: str, size: int, dtype: torch.dtype) -
 
 
 def use_fused_kernels(model: nn.Module, enabled: bool = True) -> int:
-    """Let a model's norms run in halfbyte's kernels on the CPU, in place.
+    """Let a model's norms, gates and attention of one token run in halfbyte's kernels on the CPU, in place.
 
     For a model that was quantized with `BitsAndBytesConfig`, or not at all: one that `HalfbyteConfig` has made is
     changed already. Changed are modules that compute y = weight * round(x / sqrt(mean(x^2) + eps)), as the norms of
-    Llama, Mistral, Qwen and many others do; this module says how they are recognised, and when the original
-    forward pass runs. Parameters stay the same objects.
+    Llama, Mistral, Qwen and many others do, attention modules of transformers, and gated MLPs; this module and
+    `fused_attention` say how they are recognised, and when the original forward pass runs. Parameters stay the
+    same objects.
 
     Parameters
     ----------
@@ -184,9 +275,13 @@ def use_fused_kernels(model: nn.Module, enabled: bool = True) -> int:
             if not enabled:
                 module.__class__ = module.fused_base
                 count += 1
-        elif (
-            enabled and "forward" not in module.__dict__ and _is_norm(module, known)
-        ):  # hooks of accelerate: forward
-            module.__class__ = _class_of(FusedNorm, type(module))
-            count += 1
+        elif enabled and "forward" not in module.__dict__:  # as a hook of accelerate leaves it
+            mixin = FusedNorm if _is_norm(module, known) else None
+            if mixin is None and attention_forward(type(module)) is not None:
+                mixin = FusedAttention
+            if mixin is None and _is_mlp(module, known):
+                mixin = FusedMLP
+            if mixin is not None:
+                module.__class__ = _class_of(mixin, type(module))
+                count += 1
     return count
