@@ -44,6 +44,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.checkpoint.layers import skipped_by
 from halfbyte.integrations.conversion import Deserialize, Quantize
+from halfbyte.integrations.peft import guard_merging
 from halfbyte.torch.functional import (
     BLOCKSIZES_4BIT,
     dequantize_4bit,
@@ -501,6 +502,7 @@ class HalfbyteQuantizer(HfQuantizer):
         if config.fused_kernels:
             use_fused_kernels(model)
         self._keep_reversible_conversions(model)
+        guard_merging()
         if importlib.util.find_spec("bitsandbytes") is not None:
             # PEFT and accelerate take these for "prepare me for k-bit training", and then import bitsandbytes.
             setattr(model, f"is_loaded_in_{config.bits}bit", True)
