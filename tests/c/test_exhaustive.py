@@ -1,4 +1,4 @@
-"""Encoders over all 2^32 float32, decoders over all scales, at each instruction set that this machine runs.
+"""Encoders over all 2^32 float32, decoders over all scales, optimizer states up to 1, at each instruction set here.
 
 Minutes, therefore slow. The same groups run in test_c.py, everywhere, with the neighbours of each threshold, a sample
 of every exponent and all 16-bit floats.
@@ -27,6 +27,7 @@ NOT_AVAILABLE = 77  # exit status of the program: this processor lacks the ISA
         "codec4_quantize_every_value",
         "codec8_every_value",
         "codec8_every_scale",
+        "optim_step8_every_state",
         "int8_every_value",
     ],
 )

@@ -1,6 +1,6 @@
 // Optimizer loops: every ISA gives the reference's bits, in place, to the last element and no
 // further.
-#include "check.h"
+#include "codec.h"
 
 #include <string.h>
 
@@ -253,4 +253,66 @@ CHECK_GROUP(optim_step8)
                 for (int limited = 0; limited <= (c->kernels->optim.norm[o] != NULL); limited++)
                     check_steps8(c, o, sizes[k], io, (int)k, limited);
         }
+}
+
+// Every float32 up to 1 as a state (in first steps m is the gradient), and their squares as Adam's
+// second state, in blocks whose largest is 1: the codes of the separate kernels, which
+// codec8_every_value compares with the map itself.
+CHECK_GROUP(optim_step8_every_state)
+{
+    enum { BLOCKS = 64, N = BLOCKS * HB_OPTIM_BLOCKSIZE, ZERO = 127 };
+    if (!CHECK_NEW(c, optim.step8[HB_ADAM][HB_F32])) return;
+    float map1[256], map2[256], absmax1[BLOCKS], absmax2[BLOCKS], ones[BLOCKS];
+    hb_search8 *search = check_buffer(c, 2 * sizeof *search, CHECK_BEGIN);
+    hb_map8_fill(HB_MAP_DYNAMIC, map1);
+    hb_map8_fill(HB_MAP_DYNAMIC_UNSIGNED, map2);
+    hb_search8_init(&search[0], map1);
+    hb_search8_init(&search[1], map2);
+    float *values = check_buffer(c, N * 4, CHECK_END), *squares = check_buffer(c, N * 4, CHECK_END);
+    float *p = check_buffer(c, N * 4, CHECK_END);
+    uint8_t *codes[4]; // of both states: got, wanted
+    for (int k = 0; k < 4; k++) codes[k] = check_buffer(c, N, CHECK_END);
+    const hb_states8 states = {.codes1 = codes[0],
+                               .codes2 = codes[1],
+                               .absmax1 = absmax1,
+                               .absmax2 = absmax2,
+                               .map1 = map1,
+                               .map2 = map2,
+                               .search1 = &search[0],
+                               .search2 = &search[1]};
+    const hb_optim_scalars plain = {.gnorm_scale = 1.0f,
+                                    .keep = 1.0f,
+                                    .beta1_rest = 1.0f,
+                                    .beta2_rest = 1.0f,
+                                    .inv_corr2 = 1.0f,
+                                    .eps = 1.0f,
+                                    .first = true};
+    for (int b = 0; b < BLOCKS; b++) ones[b] = 1.0f;
+    memset(p, 0, N * 4);
+    for (codec_all_floats walk = codec_all_floats_begin(c); walk.next <= 0xbf800000u;) {
+        for (int i = 0; i < N; i++) {
+            if (walk.next > 0x3f800000u && walk.next < 0x80000000u) walk.next = 0x80000000u;
+            const bool extra = i % HB_OPTIM_BLOCKSIZE == 0 || walk.next > 0xbf800000u;
+            values[i] = extra ? 1.0f : hb_f32_from_bits((uint32_t)walk.next);
+            squares[i] = values[i] * values[i];
+            walk.next += extra ? 0 : walk.step;
+        }
+        c->kernels->codec.encode8[HB_F32](values, N, &search[0], 256, ones, codes[2]);
+        c->kernels->optim.keep_sign(values, N, ZERO, codes[2]);
+        c->kernels->codec.encode8[HB_F32](squares, N, &search[1], 256, ones, codes[3]);
+        for (int o = HB_ADAM; o <= HB_MOMENTUM; o += HB_MOMENTUM) {
+            if (c->kernels->optim.step8[o][HB_F32] == NULL) continue;
+            memset(codes[0], ZERO, N);
+            memset(codes[1], 0, N);
+            for (int b = 0; b < BLOCKS; b++) absmax1[b] = absmax2[b] = 0.0f;
+            c->kernels->optim.step8[o][HB_F32](p, values, BLOCKS, &states, &plain);
+            bool same = check_equal(c, absmax1, ones, sizeof ones, "%s: absmax1", names[o]) &&
+                        check_equal(c, codes[0], codes[2], N, "%s: codes up to %#llx", names[o],
+                                    (unsigned long long)walk.next);
+            if (o == HB_ADAM)
+                same = same && check_equal(c, codes[1], codes[3], N, "codes of squares up to %#llx",
+                                           (unsigned long long)walk.next);
+            if (!same) return;
+        }
+    }
 }

@@ -28,6 +28,7 @@ CONTESTS = (
     "grad",
     "quantize",
     "optimizers",
+    "steps",
     "int8",
     "calls",
     "import",

@@ -398,6 +398,37 @@ def optimizers(bench: Bench, bnb: Any) -> list[Row]:
     return rows(f"optimizer step, {n} float32", entries, "torch AdamW fused", of_copy=ruler)
 
 
+def steps(bench: Bench, bnb: Any) -> list[Row]:
+    """Each optimizer beside a copy of as many bytes as its step must move; bitsandbytes does not take part."""
+    del bnb
+    n = min(OPTIMIZER_ELEMENTS, bench.rows * bench.depth)
+    # How many states, and what makes the step as large as in training (SGD, LARS: with momentum).
+    states = {
+        "AdamW": 2,
+        "AdEMAMix": 3,
+        "Lion": 1,
+        "SGD": 1,
+        "RMSprop": 1,
+        "Adagrad": 1,
+        "LAMB": 2,
+        "LARS": 1,
+    }
+    table: list[Row] = []
+    for name, count in states.items():
+        options = {"momentum": 0.9} if name in ("SGD", "LARS") else {}
+        for suffix, width in (("8bit", 1), ("32bit", 4)):
+            parameter = torch.nn.Parameter(torch.randn(n) * 0.02)
+            parameter.grad = torch.randn(n) * 0.01
+            optimizer = getattr(optim, name + suffix)([parameter], lr=1e-5, **options)
+            nbytes = n * (12 + 2 * width * count)  # p and states read and written, g read
+            source, target = torch.zeros(nbytes // 8), torch.zeros(nbytes // 8)
+            ruler = Entry("copy of as many bytes", lambda i, s=source, t=target: t.copy_(s), nbytes)
+            entry = Entry(f"halfbyte {name}{suffix}", lambda i, o=optimizer: o.step(), nbytes)
+            measure([entry, ruler], bench.seconds / 2)
+            table += rows(f"{name}{suffix} step, {n} float32", [entry, ruler], ruler.name, of_copy=ruler)
+    return table
+
+
 def int8(bench: Bench, bnb: Any) -> list[Row]:
     dynamic, exact = bench.halfbyte_int8("dynamic"), bench.halfbyte_int8("exact")
     dense = bench.dense(F32)
@@ -476,6 +507,7 @@ CONTESTS: dict[str, Callable[[Bench, Any], list[Row]]] = {
     "grad": grad_input,
     "quantize": quantize,
     "optimizers": optimizers,
+    "steps": steps,
     "int8": int8,
     "calls": calls,
     "import": imports,

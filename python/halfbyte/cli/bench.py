@@ -15,8 +15,8 @@ faster than the reference that stands over the table. of_read, of_peak: shares o
 reach in the same turns. (bitsandbytes' float32 layer computes in bfloat16 on processors that can.)
 
 contests: layers (the default: 4-bit layers, --rows of x), one-row, rows (1 to 512), cached, dense, grad,
-quantize, optimizers, int8, calls, import; all: every one but layers. Without torch there is "layers" against
-NumPy.
+quantize, optimizers, steps (each optimizer beside a copy), int8, calls, import; all: every one but layers.
+Without torch there is "layers" against NumPy.
 
 examples:
   halfbyte bench                                   half a minute: 1, 8 and 64 rows
