@@ -16,7 +16,7 @@
 #include "cpu/linear4_avx512.h"
 #include "cpu/linear4_entries.h"
 
-enum { DOT_ROWS = 4, DOT_UNTIL = 16, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128 };
+enum { DOT_ROWS = 4, DOT_UNTIL = 24, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128 };
 
 // ---- dot --------------------------------------------------------------------------------------
 
@@ -178,25 +178,28 @@ INLINE void decode_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, bool
     }
 }
 
+// A row has one block here, or two of 32: its codebook is scaled (and rounded) once, and what is
+// looked up in it needs nothing more.
 INLINE void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, bool bf16,
                         float *panel)
 {
     __m512 codebook = _mm512_load_ps(w->codebook);
     __mmask16 present = first_lanes(n_cols / 4);
+    const bool two_blocks = w->blocksize == 32 && n_cols > 32;
     for (int64_t r = 0; r < n_rows; r++) {
         const uint8_t *row = w->packed + r * w->row_bytes;
         const float *absmax = w->absmax + r * w->absmax_stride;
         __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, row));
-        __m512 scale = _mm512_set1_ps(absmax[0]);
-        if (w->blocksize == 32 && n_cols > 32)
-            scale = _mm512_mask_broadcastss_ps(scale, 0xff00, _mm_load_ss(absmax + 1));
+        __m512 table = _mm512_mul_ps(codebook, _mm512_set1_ps(absmax[0])), second = table;
+        if (two_blocks) second = _mm512_mul_ps(codebook, _mm512_set1_ps(absmax[1]));
+        if (bf16) table = rounded_to_bf16(table);
+        if (bf16 && two_blocks) second = rounded_to_bf16(second);
         if (r % 2 == 0) prefetch_rows(row, w->row_bytes);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             __m512i index = _mm512_srli_epi32(words, (unsigned)(4 * j));
-            __m512 weight =
-                _mm512_maskz_mul_ps(present, _mm512_permutexvar_ps(index, codebook), scale);
-            if (bf16) weight = rounded_to_bf16(weight);
+            __m512 weight = _mm512_permutexvar_ps(index, table);
+            if (two_blocks) weight = _mm512_mask_permutexvar_ps(weight, 0xff00, index, second);
             _mm512_store_ps(panel + r * TILE_COLS + j * LANES, weight);
         }
     }
@@ -285,6 +288,7 @@ void hb_linear4_table_avx512(hb_kernels_linear4 *kernels)
 {
     kernels->f32 = HB_LINEAR4_SET(f32, avx512);
     kernels->bf16 = HB_LINEAR4_SET(bf16, avx512);
+    kernels->bf16.dot_until = 32; // its panels are rounded weight by weight, dot's weights are not
     for (int c = 0; c < TILE_COLS; c++)
         kernels->bf16.column_order[c] = kernels->f32.column_order[c] =
             (uint8_t)(4 * (c % LANES) + (c / LANES ^ 1));
