@@ -3,6 +3,10 @@
 #include "core/linear8.h"
 #include "core/scratch.h"
 
+enum {
+    PAIR_PASS_ROWS = 512
+}; // rows of x for which a panel of W is widened; a multiple of the tile
+
 static void mark_outliers(void *arg, int64_t begin, int64_t end, int lane)
 {
     const hb_product8 *p = arg;
@@ -30,9 +34,11 @@ static void find_outliers(hb_product8 *p, int n_lanes, bool serial)
 static void prepare_row(const hb_product8 *p, int64_t m, const int8_t *codes)
 {
     const hb_kernels_linear8 *k = &p->kernels->linear8;
+    unsigned char *tile = p->prepared + m / p->int8_rows * p->prepared_stride;
     if (p->tiles)
-        k->prepare_tile(codes, p->depth, (int)(m % p->int8_rows),
-                        p->prepared + m / p->int8_rows * p->prepared_stride);
+        k->prepare_tile(codes, p->depth, (int)(m % p->int8_rows), tile);
+    else if (p->pairs)
+        k->pairs.widen_x(codes, p->depth, (int)(m % p->int8_rows), tile);
     else
         k->prepare_int8(codes, p->depth, p->prepared + m * p->prepared_stride);
 }
@@ -44,7 +50,7 @@ static void quantize_rows(void *arg, int64_t begin, int64_t end, int lane)
     unsigned char *scratch = p->lanes + lane * p->lane_bytes;
     int8_t *codes = (int8_t *)(scratch + p->codes_at);
     for (int64_t m = begin; m < end; m++) {
-        if (p->a != NULL) {
+        if (p->c != NULL) { // a may be NULL without elements
             prepare_row(p, m, p->a + m * p->depth);
             continue;
         }
@@ -122,28 +128,70 @@ static void multiply_outliers(const hb_product8 *p, int64_t t, int n_x, int64_t 
     }
 }
 
-// Rows [m, m + n_x) of x by rows [out, out + n_out) of W, integers and what follows.
-static void multiply_rows(const hb_product8 *p, int64_t m, int n_x, int64_t out, int64_t n_out,
-                          const float *factors, const float *extra, unsigned char *scratch)
+// Integer sums of rows [m, m + n_x) of x by rows [out, out + n_out) of W; m begins a tile.
+static void sum_rows(const hb_product8 *p, int64_t m, int64_t n_x, int64_t out, int64_t n_out,
+                     int32_t *c, int64_t c_stride)
 {
     const hb_kernels_linear8 *k = &p->kernels->linear8;
-    int32_t *c = (int32_t *)(scratch + p->sums_at);
-    float *sums = (float *)(c + p->int8_rows * HB_PRODUCT8_BLOCK);
     const int8_t *w = p->codes + out * p->depth;
-    for (int first = 0; first < n_x; first += (int)p->int8_rows) {
-        const int n = (int)hb_least(p->int8_rows, n_x - first);
-        const int64_t unit = p->tiles ? (m + first) / p->int8_rows : m + first;
-        int32_t *target = p->c != NULL ? p->c + (m + first) * p->rows + out : c;
+    for (int64_t i = 0; i < n_x; i += p->int8_rows) {
+        const int n = (int)hb_least(p->int8_rows, n_x - i);
+        const int64_t unit = p->tiles ? (m + i) / p->int8_rows : m + i;
         (p->tiles ? k->tile_int8 : k->dot_int8)(w, p->depth, n_out, p->depth,
-                                                p->prepared + unit * p->prepared_stride, n, target,
-                                                p->c != NULL ? p->rows : HB_PRODUCT8_BLOCK);
-        if (p->c != NULL) continue;
-        for (int t = 0; t < n; t++) {
-            k->rescale(c + t * HB_PRODUCT8_BLOCK, p->x_factor[m + first + t],
-                       extra != NULL ? extra + (first + t) * HB_PRODUCT8_BLOCK : NULL, factors,
-                       n_out, sums);
-            hb_product8_store(p, m + first + t, out, n_out, sums);
+                                                p->prepared + unit * p->prepared_stride, n,
+                                                c + i * c_stride, c_stride);
+    }
+}
+
+// What the panel after panel i of outputs from `out` on is widened from: a part of it, [begin, end)
+// of n, is asked for. Behind the last panel most likely come the next outputs.
+static void fetch_next(const hb_product8 *p, int64_t i, int64_t blocks, int64_t out, int64_t begin,
+                       int64_t end, int64_t n)
+{
+    const int64_t first = out + (i + 1) / blocks * HB_INT8_PAIR_W;
+    const int64_t k = (i + 1) % blocks * HB_INT8_PAIR_STEPS;
+    const int64_t rows = hb_least(HB_INT8_PAIR_W, p->rows - first);
+    if (rows <= 0) return;
+    const int8_t *w = p->codes + first * p->depth + k;
+    const int64_t per_row = hb_ceil_div(hb_least(HB_INT8_PAIR_STEPS, p->depth - k), 64);
+    for (int64_t line = rows * per_row * begin / n; line < rows * per_row * end / n; line++)
+        __builtin_prefetch(w + line / per_row * p->depth + line % per_row * 64, 0, 2); // into L2
+}
+
+// The same by pairs: a panel of W is widened once for all these rows of x.
+static void sum_pairs(const hb_product8 *p, int64_t m, int64_t n_x, int64_t out, int64_t n_out,
+                      unsigned char *panel, int32_t *c, int64_t c_stride)
+{
+    const hb_int8_pairs *pairs = &p->kernels->linear8.pairs;
+    const int64_t blocks = p->depth > 0 ? hb_ceil_div(p->depth, HB_INT8_PAIR_STEPS) : 1;
+    for (int64_t i = 0; i < hb_ceil_div(n_out, HB_INT8_PAIR_W) * blocks; i++) {
+        const int64_t r = i / blocks * HB_INT8_PAIR_W, k = i % blocks * HB_INT8_PAIR_STEPS;
+        const int64_t n_rows = hb_least(HB_INT8_PAIR_W, n_out - r);
+        const int64_t n_steps = hb_least(HB_INT8_PAIR_STEPS, p->depth - k);
+        const int64_t block_at = k > 0 ? hb_int8_pair_bytes(k, p->int8_rows) : 0;
+        pairs->widen_w(p->codes + (out + r) * p->depth + k, p->depth, n_rows, n_steps, panel);
+        const unsigned char *tiles = p->prepared + m / p->int8_rows * p->prepared_stride + block_at;
+        for (int64_t t = 0; t < n_x; t += p->int8_rows) {
+            const int64_t n = hb_least(p->int8_rows, n_x - t);
+            const unsigned char *tile = tiles + t / p->int8_rows * p->prepared_stride;
+            fetch_next(p, i, blocks, out, t, t + n, n_x);
+            pairs->multiply(panel, n_rows, n_steps, tile,
+                            t + n < n_x ? tile + p->prepared_stride : tiles, (int)n, k > 0,
+                            c + t * c_stride + r, c_stride);
         }
+    }
+}
+
+// Rows [m, m + n) of y from the integer sums at c.
+static void store_rows(const hb_product8 *p, int64_t m, int64_t n, int64_t out, int64_t n_out,
+                       const int32_t *c, const float *factors, const float *extra)
+{
+    float sums[HB_PRODUCT8_BLOCK];
+    for (int64_t i = 0; i < n; i++) {
+        p->kernels->linear8.rescale(c + i * HB_PRODUCT8_BLOCK, p->x_factor[m + i],
+                                    extra != NULL ? extra + i * HB_PRODUCT8_BLOCK : NULL, factors,
+                                    n_out, sums);
+        hb_product8_store(p, m + i, out, n_out, sums);
     }
 }
 
@@ -152,6 +200,7 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
     const hb_product8 *p = arg;
     unsigned char *scratch = p->lanes + lane * p->lane_bytes;
     const int64_t tile_rows = p->kernels->linear4.f32.tile_rows;
+    int32_t *sums = (int32_t *)(scratch + p->sums_at);
     float *extra = (float *)(scratch + p->extra_at);
     float *tile_sums = extra + p->group * HB_PRODUCT8_BLOCK;
     float *panels = tile_sums + tile_rows * HB_PRODUCT8_BLOCK;
@@ -160,23 +209,28 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
         const int64_t n_out = hb_least(HB_PRODUCT8_BLOCK, p->outputs - out);
         const int64_t m_begin = chunk % p->x_chunks * p->x_per_chunk;
         const int64_t m_end = hb_least(m_begin + p->x_per_chunk, p->x_rows);
+        const int64_t c_stride = p->c != NULL ? p->rows : HB_PRODUCT8_BLOCK;
         float factors[HB_PRODUCT8_BLOCK];
         for (int64_t r = 0; r < n_out && p->c == NULL; r++)
             factors[r] = p->scale[out + r] * HB_INT8_UNIT;
-        if (p->n_columns == 0) {
-            for (int64_t m = m_begin; m < m_end; m += p->int8_rows)
-                multiply_rows(p, m, (int)hb_least(p->int8_rows, m_end - m), out, n_out, factors,
-                              NULL, scratch);
-            continue;
-        }
-        decode_outliers(p, out, n_out, panels);
-        for (int64_t m = m_begin; m < m_end; m += p->group) { // x_per_chunk is a multiple
-            const int n_x = (int)hb_least(p->group, m_end - m);
-            for (int64_t i = 0; i < n_x; i += tile_rows)
-                multiply_outliers(p, m / p->group * outlier_tiles(p) + i / tile_rows,
-                                  (int)hb_least(tile_rows, n_x - i), n_out, panels, tile_sums,
-                                  extra + i * HB_PRODUCT8_BLOCK);
-            multiply_rows(p, m, n_x, out, n_out, factors, extra, scratch);
+        if (p->n_columns > 0) decode_outliers(p, out, n_out, panels);
+        for (int64_t m = m_begin; m < m_end; m += p->sums_rows) { // x_per_chunk is a multiple
+            const int64_t n_x = hb_least(p->sums_rows, m_end - m);
+            int32_t *c = p->c != NULL ? p->c + m * p->rows + out : sums;
+            if (p->pairs)
+                sum_pairs(p, m, n_x, out, n_out, scratch + p->panel_at, c, c_stride);
+            else
+                sum_rows(p, m, n_x, out, n_out, c, c_stride);
+            if (p->c != NULL) continue;
+            for (int64_t g = 0; g < n_x; g += p->group) {
+                const int64_t n = hb_least(p->group, n_x - g);
+                for (int64_t i = 0; i < n && p->n_columns > 0; i += tile_rows)
+                    multiply_outliers(p, (m + g) / p->group * outlier_tiles(p) + i / tile_rows,
+                                      (int)hb_least(tile_rows, n - i), n_out, panels, tile_sums,
+                                      extra + i * HB_PRODUCT8_BLOCK);
+                store_rows(p, m + g, n, out, n_out, c + g * HB_PRODUCT8_BLOCK, factors,
+                           p->n_columns > 0 ? extra : NULL);
+            }
         }
     }
 }
@@ -191,14 +245,18 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
     const bool has_threshold = p->threshold == p->threshold;
     const int64_t stride = hb_round_up(p->depth, 64);
     p->tiles = k->tile_int8 != NULL && p->x_rows >= k->tile_int8_from;
-    p->int8_rows = p->tiles ? k->tile_int8_rows : k->dot_int8_rows;
-    p->group = p->tiles || !has_threshold ? p->int8_rows : set->tile_rows;
-    p->prepared_stride = p->tiles ? hb_int8_tile_bytes(p->depth, k->tile_int8_rows)
-                                  : hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
+    p->pairs = !p->tiles && k->pairs.from > 0 && p->x_rows >= k->pairs.from;
+    const bool together = p->tiles || p->pairs; // rows of x, in prepared memory
+    p->int8_rows = p->tiles ? k->tile_int8_rows : p->pairs ? HB_INT8_PAIR_X : k->dot_int8_rows;
+    p->group = together || !has_threshold ? p->int8_rows : set->tile_rows;
+    p->prepared_stride = p->tiles   ? hb_int8_tile_bytes(p->depth, k->tile_int8_rows)
+                         : p->pairs ? hb_int8_pair_bytes(p->depth, HB_INT8_PAIR_X)
+                                    : hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
     hb_product8_plan_grid(p, p->group, INT64_MAX);
+    p->sums_rows = p->pairs ? hb_least(p->x_per_chunk, PAIR_PASS_ROWS) : p->group;
 
     hb_scratch scratch = {0}, more = {0};
-    const int64_t units = p->tiles ? hb_ceil_div(p->x_rows, p->int8_rows) : p->x_rows;
+    const int64_t units = together ? hb_ceil_div(p->x_rows, p->int8_rows) : p->x_rows;
     const int64_t prepared_at = hb_scratch_reserve(&scratch, units * p->prepared_stride);
     const int64_t factor_at = hb_scratch_reserve(&scratch, p->x_rows * 4);
     const int64_t marks_at =
@@ -206,8 +264,11 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
     const int64_t columns_at = has_threshold ? hb_scratch_reserve(&scratch, p->depth * 8) : 0;
     p->row_at = 0;
     p->codes_at = p->c != NULL || p->x.col_stride == 1 ? 0 : hb_round_up(p->depth * 4, 64);
-    p->sums_at = p->codes_at + stride;
-    p->extra_at = p->sums_at + (p->int8_rows + 1) * HB_PRODUCT8_BLOCK * 4;
+    p->panel_at = p->codes_at + stride;
+    p->sums_at = p->panel_at;
+    if (p->pairs)
+        p->sums_at += hb_int8_pair_bytes(hb_least(p->depth, HB_INT8_PAIR_STEPS), HB_INT8_PAIR_W);
+    p->extra_at = p->sums_at + (p->c != NULL ? 0 : p->sums_rows * HB_PRODUCT8_BLOCK * 4);
     p->lane_bytes = p->extra_at;
     const int64_t lanes_at = hb_scratch_reserve(&scratch, n_lanes * p->lane_bytes);
 

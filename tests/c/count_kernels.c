@@ -163,6 +163,16 @@ COUNT_GROUP(linear8_counts)
         CHECK_COUNT(c, "linear8 dot_int8, all of x", ROWS * DEPTH * k->dot_int8_rows, "product")
         k->dot_int8(w, DEPTH, ROWS, DEPTH, prepared, k->dot_int8_rows, y, ROWS);
     }
+    if (CHECK_NEW(c, linear8.pairs.multiply)) {
+        enum { TILE_X = HB_INT8_PAIR_X };
+        void *tile = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, TILE_X), CHECK_BEGIN);
+        void *wide = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, ROWS), CHECK_BEGIN);
+        for (int t = 0; t < TILE_X; t++) k->pairs.widen_x(codes, DEPTH, t, tile);
+        CHECK_COUNT(c, "linear8 pairs widen_w", ROWS * DEPTH, "weight")
+        k->pairs.widen_w(w, DEPTH, ROWS, DEPTH, wide);
+        CHECK_COUNT(c, "linear8 pairs multiply", ROWS * DEPTH * TILE_X, "product")
+        k->pairs.multiply(wide, ROWS, DEPTH, tile, tile, TILE_X, false, y, ROWS);
+    }
     if (CHECK_NEW(c, linear8.dot_f32)) {
         CHECK_COUNT(c, "linear8 dot_f32, 1 of x", ROWS * DEPTH, "product")
         k->dot_f32(w, DEPTH, ROWS, DEPTH, x, DEPTH, 1, y, ROWS);

@@ -32,6 +32,22 @@ def test_matmul_int8_is_exact(shape):
         assert torch.equal(_C.matmul_int8(torch.from_numpy(a), torch.from_numpy(b)), torch.from_numpy(want))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 0), (3, 40, 31), (5, 66, 2500), (70, 130, 1025), (1030, 66, 70)])
+@pytest.mark.parametrize("fill", ["any", -128, 127, "extremes"])
+def test_matmul_int8_is_exact_with_many_rows_and_at_the_extremes(shape, fill):
+    """127 * 127 + 127 * 127 does not fit where bytes are multiplied to pairs of 16 bits, nor does -(-128)."""
+    m, n, depth = shape
+    if fill == "extremes":
+        a, b = (RNG.choice(np.array([-128, 127], np.int8), (rows, depth)) for rows in (m, n))
+    elif fill == "any":
+        a, b = (RNG.integers(-128, 128, (rows, depth), dtype=np.int8) for rows in (m, n))
+    else:
+        a, b = np.full((m, depth), fill, np.int8), np.full((n, depth), fill, np.int8)
+    want = a.astype(np.float64) @ b.T.astype(np.float64)  # exact: less than 2^53
+    np.testing.assert_array_equal(_C.matmul_int8(a, b), want)
+    np.testing.assert_array_equal(_C.matmul_int8(a[:2], b), want[:2])
+
+
 @pytest.mark.parametrize("mode", ["dynamic", "exact"])
 @pytest.mark.parametrize("threshold", [0.0, 2.5])
 @pytest.mark.parametrize("bias", [None, B])
