@@ -90,6 +90,7 @@ def test_every_verb_has_a_module():
         ["quantize", "m", "-o", "q", "--to", "nf4", "--threads", "0"],
         ["quantize", "m", "-o", "q", "--to", "nf4", "--max-shard-size", "big"],
         ["plan", "m", "--context", "-3"],
+        ["bench", "--threads", "1025"],
         ["bench", "--seconds", "nan"],
         ["bench", "--seconds", "inf"],
         ["bench", "--seconds", "-1"],

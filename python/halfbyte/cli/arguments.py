@@ -41,6 +41,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+MAX_THREADS = 1024  # as HB_MAX_THREADS in csrc/core/thread_count.h
+
+
+def thread_count(text: str) -> int:
+    """A whole number from 1 to MAX_THREADS."""
+    number = positive(text)
+    if number > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MAX_THREADS} threads, got {text!r}")
+    return number
+
+
 def at_least_zero(text: str) -> float:
     """A finite number of at least 0."""
     try:

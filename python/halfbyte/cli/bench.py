@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from halfbyte.cli.arguments import add_json, at_least_zero, check_writable, positive
+from halfbyte.cli.arguments import add_json, at_least_zero, check_writable, positive, thread_count
 
 EPILOG = """\
 Times halfbyte beside what else is installed (torch, bitsandbytes, llama-cpp-python's ggml, NumPy) and beside
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=blocks, metavar="K", help="inputs; default: as outputs")
     parser.add_argument(
         "--threads",
-        type=positive,
+        type=thread_count,
         nargs="+",
         metavar="N",
         help="one run each; default: halfbyte's own choice",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from halfbyte.cli.arguments import ProgressBar, add_json, positive, size
+from halfbyte.cli.arguments import ProgressBar, add_json, positive, size, thread_count
 
 EPILOG = """\
 The linear layers are quantized that transformers' bitsandbytes integration would choose; everything else is
@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="split into files of this size (default: as the source)",
     )
     add(
-        "--threads", type=positive, metavar="N", help="default: HALFBYTE_NUM_THREADS, or what the machine has"
+        "--threads",
+        type=thread_count,
+        metavar="N",
+        help="default: HALFBYTE_NUM_THREADS, or what the machine has",
     )
     add("--overwrite", action="store_true", help="replace OUT, after success")
     add("--dry-run", action="store_true", help="write nothing, print the exact size of every file")
