@@ -138,6 +138,7 @@ def test_beside_the_real_one():
     python("""
         import bitsandbytes as real
         import torch, halfbyte, halfbyte.torch as hb
+        torch.manual_seed(0)  # some 1 in 10^7 weights lie where bitsandbytes' CPU code rounds otherwise
         w = torch.randn(32, 64)
         a, b = real.nn.LinearNF4(64, 32), hb.nn.LinearNF4(64, 32)
         b.load_state_dict(a.state_dict())
