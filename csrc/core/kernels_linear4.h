@@ -1,7 +1,9 @@
 // Kernels of y = x W^T and dx = dy W with a 4-bit W (any 16-entry codebook with block scales).
 //
-// Two ways to multiply. "dot", for a few rows of x: decode weights in registers, multiply at once,
-// x brought once per call into the order in which the decoder yields weights. "panel", for many:
+// Three ways to multiply. "dot", y for a few rows of x: decode weights in registers, multiply at
+// once, x brought once per call into the order in which the decoder yields weights. "add", dx for a
+// few rows of dy: the same lookup walks W by rows, as it lies, and adds dy[r] w[r, k] to sums of
+// the columns, which stay in the L1 cache in the order of the lookup. "panel", for many rows:
 // decode a block of weights to a small panel, multiply it with all rows of x by a register tile.
 // linear_4bit.c chooses, linear4_*.c split and store; kernels never see strides of x or y, ends of
 // rows that are no multiple of 32, or nested scales.
@@ -12,7 +14,8 @@
 //                      float32 set                    bfloat16 set
 //   x                  float32, exact                 rounded to bfloat16 (nearest even)
 //   weight in dot      code * sum, scaled by absmax   code rounded to bfloat16, the rest float32
-//   weight in panels   float32(code * absmax)         the same, rounded to bfloat16
+//   weight in add and  float32(code * absmax)         the same, rounded to bfloat16
+//   in panels
 //   sums               float32                        float32
 //
 // Accuracy of the float32 set, u = 2^-24, |err| <= c u sum_k |w[k]| |x[k]|:
@@ -22,6 +25,8 @@
 //   panel   c = panel_steps + depth/panel_steps + 3: the weight (1), the steps of a panel summed
 //   from
 //           zero, then one addition per panel, one to spare
+//   add     the same c: every panel_steps rows a column's sum begins at zero, a row of W adds one
+//           rounding (fused multiply-add), the sums of so many rows are then added to a total
 // The bfloat16 set adds, per product, the roundings of x and of the weight (2^-8 each at
 // most; a set on hardware dot products may also flush subnormals; on tile registers panels have c =
 // depth/32 + 18). Infinities and NaN in x, or in the absmax of a nonzero weight, make y non-finite.
@@ -63,10 +68,12 @@ typedef struct {
 #define HB_LINEAR4_MAX_TILE_COLS 64
 #define HB_LINEAR4_X_GROUP       128 // permuted x is padded with zeros to a multiple of this
 #define HB_LINEAR4_X_BLOCK       16  // what most sets have as x_block
+#define HB_LINEAR4_ADD_GROUP     64  // columns that add_rows keeps together
 
 typedef struct {
     int32_t dot_rows;      // rows of x that one call of dot takes at most
     int32_t dot_until;     // rows of x up to which dot beats the panel
+    int32_t add_until;     // rows of dy up to which add beats the panel, <= tile_rows; 0: has none
     int32_t tile_rows;     // rows of x in a tile, <= HB_LINEAR4_MAX_TILE_ROWS
     int32_t tile_cols;     // columns of a panel: 16, 32 or 64
     int32_t panel_steps;   // values of the summed index per panel: a power of two, 128..1024
@@ -80,6 +87,8 @@ typedef struct {
     // Column of W, counted from the panel's first, at each place of a decode_cols panel.
     uint8_t column_order[HB_LINEAR4_MAX_TILE_COLS];
     bool columns_in_order; // column_order[c] == c for all c
+    // The same for each HB_LINEAR4_ADD_GROUP columns of the sums of add_rows.
+    uint8_t add_order[HB_LINEAR4_ADD_GROUP];
 
     // x [depth] of dtype (float32, bfloat16, float16) -> permuted [depth rounded up to X_GROUP].
     void (*permute_x)(const void *x, hb_dtype dtype, int64_t depth, void *permuted);
@@ -109,6 +118,13 @@ typedef struct {
     // begin() and end(), on one thread, which does nothing else of the set meanwhile.
     void (*tile)(const void *packed, const void *panel, int64_t steps, int n_x, bool accumulate,
                  float *sums);
+    // sums[t * sums_stride + place of c] += sum_r packed x[t][r] * weight(r, c) for t < n_x
+    // (1..add_until), rows r < n_rows of w in ascending order, columns c < n_cols (a multiple of
+    // 32). Places: add_order in every ADD_GROUP columns; sums have room for whole groups, any
+    // values at c >= n_cols, and are 64-byte aligned, sums_stride a multiple of 16. Each sum has
+    // the same bits wherever its column lies in w. NULL: has none.
+    void (*add_rows)(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, const void *packed,
+                     int n_x, float *sums, int64_t sums_stride);
     // Both are NULL where tiles leave no state behind, and in the float32 set.
     void (*begin)(void);
     void (*end)(void);

@@ -6,6 +6,8 @@
 // sums and scales in one allocation made per call. The sum over s is never split and its order is
 // fixed by the panel size: results do not depend on the number of threads.
 //
+// dx of a few rows ("add") is split by columns of W alone: a chunk takes all rows of some columns.
+//
 // Where W has too few outputs to give every lane panels of its own, all panels are decoded once,
 // by all lanes, beside the packing of x, and the multiplications share them ("shared" below).
 //
@@ -23,6 +25,8 @@ enum {
     HB_LINEAR4_SHARED_STEPS = 32,   // rows of W that a chunk decodes for backward panels; even
     HB_LINEAR4_DOT_CHUNK_ROWS = 64, // rows of W per chunk of the dot regime
     HB_LINEAR4_DOT_SCALE_ROWS = 16, // of which so many have their scales expanded at a time
+    HB_LINEAR4_ADD_COLS = 1024,     // most columns of W per chunk of the add regime...
+    HB_LINEAR4_ADD_UNIT = 128,      // ...and what they are a multiple of: a cache line of codes
     HB_LINEAR4_MIN_BLOCKSIZE = 32,  // what kernels take
     HB_LINEAR4_INT_STEPS = 64,      // what the integer sets' panels take, and their unit of steps
 };
@@ -41,7 +45,8 @@ typedef struct {
     bool y_regular;    // rows of y are y_stride elements apart
     int64_t y_stride;
 
-    bool dot;                 // the dot regime, not panels
+    bool dot, add;            // these regimes, not panels
+    int64_t add_cols;         // add: columns of W per chunk
     bool serial;              // on the caller's thread alone
     bool share;               // panels are decoded once, for all lanes
     int64_t pass_rows;        // rows of x in a pass, but for the last
@@ -59,7 +64,7 @@ typedef struct {
     float *all_scales;       // backward, expanded, not shared: [rows of W][depth / blocksize]
     unsigned char *lanes;
     int n_lanes;
-    int64_t lane_bytes, sums_at, scales_at; // in a lane: panel, sums, scales
+    int64_t lane_bytes, sums_at, scales_at; // in a lane: panel (add: totals), sums, scales
 
     _Alignas(64) float codebook[16];
 } hb_product4;
@@ -96,10 +101,12 @@ void hb_product4_decode_panel(const hb_product4 *p, int64_t out, int64_t n_out, 
                               int64_t n_steps, float *scales, int64_t scales_row,
                               unsigned char *panel);
 
-// ---- chunks of parallel loops, `arg` the product (linear4_dot.c, linear4_panel.c) ---------------
+// ---- chunks of parallel loops, `arg` the product (linear4_dot.c, _add.c, _panel.c) --------------
 
 void hb_product4_permute_rows(void *arg, int64_t begin, int64_t end, int lane); // rows of x
 void hb_product4_dot_chunks(void *arg, int64_t begin, int64_t end, int lane); // DOT_CHUNK_ROWS of W
+
+void hb_product4_add_chunks(void *arg, int64_t begin, int64_t end, int lane); // add_cols of W
 
 // Outputs that a chunk of panel_chunks takes.
 int64_t hb_product4_panel_group(const hb_product4 *p);

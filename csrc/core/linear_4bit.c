@@ -31,12 +31,21 @@ static int64_t rows_of_a_pass(const hb_product4 *p)
     return hb_least(hb_ceil_div(units, hb_ceil_div(units, most)) * p->unit, rows);
 }
 
+// Columns of W that a chunk of the add regime takes: as many chunks for each lane.
+static int64_t columns_to_add(const hb_product4 *p)
+{
+    const int64_t units = hb_ceil_div(p->outputs, HB_LINEAR4_ADD_UNIT);
+    const int64_t chunks = hb_round_up(hb_ceil_div(p->outputs, HB_LINEAR4_ADD_COLS), p->n_lanes);
+    return hb_ceil_div(units, chunks) * HB_LINEAR4_ADD_UNIT;
+}
+
 // The regime, and how x and the outputs are cut.
 static void plan(hb_product4 *p)
 {
     const hb_linear4_set *set = p->set;
     const int64_t rows = p->x.rows;
     p->dot = !p->backward && p->blocksize > 0 && rows <= set->dot_until && p->steps > 0;
+    p->add = p->backward && p->blocksize > 0 && rows <= set->add_until && p->steps > 0;
     p->serial = p->w->numel / 2 * (1 + rows / 2) < SERIAL_BYTES;
     p->n_lanes = p->serial ? 1 : hb_pool_threads(p->context->pool);
     p->unit = p->dot ? 1 : set->tile_rows;
@@ -50,12 +59,16 @@ static void plan(hb_product4 *p)
     const bool few_outputs = !p->serial && tiles > 1 &&
                              hb_ceil_div(p->outputs, hb_product4_panel_group(p)) < 4 * p->n_lanes;
     p->shared_stride = hb_linear4_panel_bytes(set, p->steps);
-    p->share =
-        !p->dot && p->blocksize > 0 && few_outputs && p->shared_stride <= SHARED_BYTES / panels;
-    const int64_t group = p->dot ? HB_LINEAR4_DOT_CHUNK_ROWS : hb_product4_panel_group(p);
+    p->share = !p->dot && !p->add && p->blocksize > 0 && few_outputs &&
+               p->shared_stride <= SHARED_BYTES / panels;
+    p->add_cols = columns_to_add(p);
+    const int64_t group = p->dot   ? HB_LINEAR4_DOT_CHUNK_ROWS
+                          : p->add ? p->add_cols
+                                   : hb_product4_panel_group(p);
     p->n_groups = hb_ceil_div(p->outputs, group);
-    p->m_chunks =
-        p->dot ? 1 : hb_least(tiles, hb_ceil_div(p->serial ? 1 : 4 * p->n_lanes, p->n_groups));
+    p->m_chunks = p->dot || p->add
+                      ? 1
+                      : hb_least(tiles, hb_ceil_div(p->serial ? 1 : 4 * p->n_lanes, p->n_groups));
     p->tiles_per_chunk = hb_ceil_div(tiles, p->m_chunks);
     p->m_chunks = hb_ceil_div(tiles, p->tiles_per_chunk);
 }
@@ -76,15 +89,18 @@ static hb_status open_scratch(hb_product4 *p, const hb_view *bias, hb_scratch *s
                               unsigned char *stack, const char *function, hb_error *error)
 {
     const hb_linear4_set *set = p->set;
+    const int64_t rows = p->x.rows;
     const int64_t x_bytes = p->steps * (int64_t)hb_dtype_bytes(p->x.view->dtype);
     int64_t stride;
-    const bool gather = !hb_matrix_rows_are_regular(&p->x, 0, p->x.rows, &stride);
+    const bool gather = !hb_matrix_rows_are_regular(&p->x, 0, rows, &stride);
     const bool copy_bias = bias != NULL && !hb_matrix_bias_is_plain(bias);
     const bool all_scales = p->expand && p->backward && p->blocksize > 0 && !p->share;
     const int64_t dot_sums = set->dot_rows * HB_LINEAR4_DOT_CHUNK_ROWS;
     const int64_t panel_sums = p->tiles_per_chunk * set->tile_rows * set->tile_cols;
     p->sums_at = p->dot ? 0 : hb_linear4_panel_bytes(set, set->panel_steps);
-    p->scales_at = p->sums_at + (p->dot ? dot_sums : panel_sums) * 4;
+    const int64_t add_sums = rows * p->add_cols;
+    if (p->add) p->sums_at = add_sums * 4;
+    p->scales_at = p->sums_at + (p->dot ? dot_sums : p->add ? add_sums : panel_sums) * 4;
     p->lane_bytes = hb_round_up(p->scales_at + lane_scales(p) * 4, 64);
 
     const int64_t units = hb_ceil_div(p->pass_rows, p->unit);
@@ -144,7 +160,9 @@ static hb_status run(hb_product4 *p, const hb_view *bias, const char *function, 
         else
             run_chunks(p, small, units, p->dot ? hb_product4_permute_rows : hb_product4_pack_tiles);
         run_chunks(p, p->serial, p->n_groups * p->m_chunks,
-                   p->dot ? hb_product4_dot_chunks : hb_product4_panel_chunks);
+                   p->dot   ? hb_product4_dot_chunks
+                   : p->add ? hb_product4_add_chunks
+                            : hb_product4_panel_chunks);
     }
     hb_scratch_close(&scratch);
     return status;

@@ -39,6 +39,20 @@
         decode_cols(w, n_rows, n_cols, bf16, panel);                                               \
     }
 
+// For ADD_UNTIL == 4, over an inline add_rows that takes n_x as a constant.
+#define HB_LINEAR4_ADD_ENTRY(set, isa, bf16)                                                       \
+    static void hb_linear4_add_rows_##set##_##isa(const hb_matrix4 *w, int64_t n_rows,             \
+                                                  int64_t n_cols, const void *packed, int n_x,     \
+                                                  float *sums, int64_t sums_stride)                \
+    {                                                                                              \
+        switch (n_x) {                                                                             \
+        case 1: add_rows(w, n_rows, n_cols, packed, 1, bf16, sums, sums_stride); break;            \
+        case 2: add_rows(w, n_rows, n_cols, packed, 2, bf16, sums, sums_stride); break;            \
+        case 3: add_rows(w, n_rows, n_cols, packed, 3, bf16, sums, sums_stride); break;            \
+        default: add_rows(w, n_rows, n_cols, packed, 4, bf16, sums, sums_stride); break;           \
+        }                                                                                          \
+    }
+
 // For TILE_ROWS == 6.
 #define HB_LINEAR4_TILE(set, isa)                                                                  \
     static void hb_linear4_tile_##set##_##isa(const void *packed, const void *panel,               \

@@ -107,6 +107,24 @@ static void count_panels4(check *c, const hb_linear4_set *set, const hb_linear4_
     check_release(c);
 }
 
+static void count_add4(check *c, const hb_linear4_set *set, const char *type)
+{
+    enum { ROWS = 64, DEPTH = 1024 };
+    codebooks books;
+    const hb_matrix4 w = some_matrix4(c, set, ROWS, DEPTH, &books);
+    float *dy = check_buffer(c, (size_t)(set->add_until * ROWS) * 4, CHECK_BEGIN);
+    check_fill_normal(c, dy, set->add_until * ROWS, 1.0f);
+    void *packed =
+        check_buffer(c, (size_t)(ROWS * set->tile_rows * set->element_bytes), CHECK_BEGIN);
+    set->pack_x(dy, HB_F32, ROWS, set->add_until, ROWS, packed);
+    float *sums = check_buffer(c, (size_t)(set->add_until * DEPTH) * 4, CHECK_BEGIN);
+    memset(sums, 0, (size_t)(set->add_until * DEPTH) * 4);
+    for (int n_x = 1; n_x <= set->add_until; n_x *= 2)
+        CHECK_COUNT(c, named("linear4 %s add_rows, %d of dy", type, n_x), ROWS * DEPTH, "weight")
+    set->add_rows(&w, ROWS, DEPTH, packed, n_x, sums, DEPTH);
+    check_release(c);
+}
+
 static void count_set4(check *c, const hb_linear4_set *set, const hb_linear4_set *before,
                        const char *type)
 {
@@ -124,6 +142,7 @@ static void count_set4(check *c, const hb_linear4_set *set, const hb_linear4_set
         count_dot4(c, set, type, 16, 512, 8);
         count_dot4(c, set, type, 4, 8192, 1); // deep: rows side by side
     }
+    if (set->add_rows != NULL && set->add_rows != before->add_rows) count_add4(c, set, type);
     if (set->tile != NULL) count_panels4(c, set, before, type);
 }
 

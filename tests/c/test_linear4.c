@@ -235,6 +235,90 @@ static void check_decode(check *c, const hb_linear4_set *set, bool bf16, bool by
     check_release(c);
 }
 
+// Weights are those of panels, the sums are panel_steps roundings at most from where they began.
+// Columns of W do not know where in the matrix they lie, nor sums how many rows of dy there are.
+static void check_add(check *c, const hb_linear4_set *set, bool bf16, int64_t n_rows,
+                      int64_t column, int64_t n_cols, int64_t depth, int64_t blocksize, int n_x)
+{
+    check_label(c, "add_rows%s rows=%d columns=%d+%d of %d blocksize=%d n_x=%d",
+                bf16 ? " bf16" : "", (int)n_rows, (int)column, (int)n_cols, (int)depth,
+                (int)blocksize, n_x);
+    matrix4 w = random_matrix(c, n_rows % 2 ? HB_NF4 : HB_FP4, n_rows, depth, blocksize);
+    const int64_t stride = round_up(n_cols, HB_LINEAR4_ADD_GROUP), padded = n_rows + 5;
+    float *values = check_buffer(c, (size_t)(n_x * padded) * 4, CHECK_END);
+    void *dy = random_x(c, HB_F32, n_x * padded, bf16, values);
+    void *packed = check_buffer(
+        c, (size_t)(round_up(n_rows, set->x_block) * set->tile_rows * set->element_bytes),
+        CHECK_END);
+    set->pack_x(dy, HB_F32, padded, n_x, n_rows, packed);
+    const size_t bytes = (size_t)(n_x * stride) * 4;
+    float *sums = check_buffer(c, bytes, CHECK_END), *before = check_buffer(c, bytes, CHECK_END);
+    check_fill_normal(c, before, n_x * stride, 1.0f);
+    memcpy(sums, before, bytes);
+    hb_matrix4 block = block_at(&w, 0, column);
+    set->add_rows(&block, n_rows, n_cols, packed, n_x, sums, stride);
+    for (int t = 0; t < n_x; t++)
+        for (int64_t i = 0; i < stride; i++) {
+            const int64_t within = i % HB_LINEAR4_ADD_GROUP,
+                          k = i - within + set->add_order[within];
+            if (k >= n_cols) continue;
+            double sum = before[t * stride + i], magnitude = fabs(sum);
+            for (int64_t r = 0; r < n_rows; r++) {
+                double product =
+                    (double)values[t * padded + r] * panel_weight(&w, bf16, r, column + k);
+                sum += product;
+                magnitude += fabs(product);
+            }
+            double bound = ((double)n_rows + 1) * UNIT * magnitude;
+            check_close(c, &sums[t * stride + i], &sum, &bound, 1, "t=%d column=%d", t, (int)k);
+        }
+    // The last row of dy alone, the second half of the columns alone.
+    float *one = check_buffer(c, (size_t)stride * 4, CHECK_END);
+    const float *last = sums + (n_x - 1) * stride;
+    memcpy(one, before + (n_x - 1) * stride, (size_t)stride * 4);
+    set->pack_x((float *)dy + (n_x - 1) * padded, HB_F32, padded, 1, n_rows, packed);
+    const int64_t middle = n_cols / 2 / HB_LINEAR4_ADD_GROUP * HB_LINEAR4_ADD_GROUP;
+    if (middle % blocksize == 0 || blocksize % depth == 0) {
+        hb_matrix4 right = block_at(&w, 0, column + middle);
+        set->add_rows(&right, n_rows, n_cols - middle, packed, 1, one + middle, stride);
+        if (middle > 0) set->add_rows(&block, n_rows, middle, packed, 1, one, stride);
+    } else {
+        set->add_rows(&block, n_rows, n_cols, packed, 1, one, stride);
+    }
+    for (int64_t i = 0; i < stride; i++)
+        if (i / HB_LINEAR4_ADD_GROUP * HB_LINEAR4_ADD_GROUP +
+                set->add_order[i % HB_LINEAR4_ADD_GROUP] <
+            n_cols)
+            check_equal(c, &one[i], &last[i], 4, "a row alone, in two parts, place %d", (int)i);
+    check_release(c);
+}
+
+static void check_adds(check *c, const hb_linear4_set *set, bool bf16)
+{
+    static const int64_t shapes[][2] = {{32, 32},   {64, 64},  {96, 32},   {128, 128},
+                                        {160, 32},  {192, 64}, {320, 64},  {256, 256},
+                                        {512, 128}, {480, 32}, {1024, 256}};
+    static const int64_t rows[] = {1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63};
+    uint8_t seen[HB_LINEAR4_ADD_GROUP] = {0};
+    CHECK(c, (set->add_rows == NULL) == (set->add_until == 0), "add_until without add_rows");
+    CHECK(c, set->add_until <= set->tile_rows, "add_until %d", (int)set->add_until);
+    if (set->add_rows == NULL) return;
+    for (int i = 0; i < HB_LINEAR4_ADD_GROUP; i++) seen[set->add_order[i]]++;
+    for (int i = 0; i < HB_LINEAR4_ADD_GROUP; i++)
+        CHECK(c, seen[i] == 1, "add_order is no permutation");
+    for (int i = 0; i < 11; i++) {
+        const int64_t depth = shapes[i][0], blocksize = shapes[i][1];
+        for (int r = 0; r < 12; r += c->emulated ? 3 : 1)
+            for (int n_x = 1; n_x <= set->add_until; n_x++) {
+                const int64_t column = check_random_below(c, hb_ceil_div(depth, 128)) * 128;
+                const int64_t begin = column / blocksize * blocksize;
+                check_add(c, set, bf16, rows[r], begin, depth - begin, depth, blocksize, n_x);
+            }
+        check_add(c, set, bf16, set->panel_steps, 0, depth, depth, blocksize, 1);
+    }
+    check_add(c, set, bf16, 0, 0, 64, 64, 64, 1);
+}
+
 static void check_set(check *c, const hb_linear4_set *set, bool bf16)
 {
     static const int64_t dot_shapes[][3] = {
@@ -259,6 +343,8 @@ static void check_set(check *c, const hb_linear4_set *set, bool bf16)
         for (int n_x = 1; n_x <= set->tile_rows; n_x += step)
             check_pack_and_tile(c, set, bf16, steps[i], n_x, (hb_dtype)((i + n_x) % HB_IO_COUNT));
     check_pack_and_tile(c, set, bf16, set->panel_steps, set->tile_rows, HB_F32);
+
+    check_adds(c, set, bf16);
 
     const int64_t cols = set->tile_cols, panel = set->panel_steps;
     static const int64_t panel_shapes[][2] = {{32, 32},   {64, 64},    {96, 32},  {128, 128},
@@ -325,6 +411,17 @@ static void bench_set(check *c, const hb_linear4_set *set, const char *name)
     set->dot(&block, ROWS, DEPTH, permuted, set->dot_rows, y, ROWS);
 
     int64_t steps = set->panel_steps, cols = set->tile_cols, rows = set->tile_rows;
+    if (set->add_rows != NULL) {
+        enum { COLS = 1024 };
+        void *dy = check_buffer(c, (size_t)(steps * rows * set->element_bytes), CHECK_BEGIN);
+        set->pack_x(x, HB_F32, steps, 1, steps, dy);
+        float *columns = check_buffer(c, COLS * 4, CHECK_BEGIN);
+        memset(columns, 0, COLS * 4);
+        snprintf(label, sizeof label, "linear4 add_rows %s, 1 row", name);
+        CHECK_BENCH(c, b, label, (double)(steps * COLS) * (0.5 + 4.0 / 64),
+                    2.0 * (double)(steps * COLS))
+        set->add_rows(&block, steps, COLS, dy, 1, columns, COLS);
+    }
     void *panel = check_buffer(c, (size_t)(steps * cols * set->element_bytes), CHECK_BEGIN);
     void *packed = check_buffer(c, (size_t)(steps * rows * set->element_bytes), CHECK_BEGIN);
     memset(packed, 0, (size_t)(steps * rows * set->element_bytes));
@@ -507,6 +604,21 @@ CHECK_GROUP(linear4_op)
     if (!c->emulated) { // large enough for several threads, several passes over x
         check_op(c, &(op_case){.m = 1, .rows = 1100, .depth = 2048, .blocksize = 64});
         check_op(c, &(op_case){.m = 600, .rows = 70, .depth = 256, .blocksize = 64, .bf16 = true});
+        // Chunks of the add regime: columns that do not fill them, blocks that begin inside one or
+        // straddle rows, several times panel_steps rows.
+        static const int64_t shapes[][3] = {{700, 1120, 64},   {530, 2304, 256},  {300, 2048, 2048},
+                                            {400, 3072, 4096}, {260, 1120, 4096}, {517, 1536, 512}};
+        for (int i = 0; i < 6; i++)
+            for (int m = 1; m <= 5; m += i % 2 + 1)
+                check_op(c, &(op_case){.m = m,
+                                       .rows = shapes[i][0],
+                                       .depth = shapes[i][1],
+                                       .blocksize = shapes[i][2],
+                                       .nested = (i + m) % 3 == 0,
+                                       .bf16 = (i + m) % 4 < 2,
+                                       .strided = m == 3,
+                                       .x_dtype = (hb_dtype)(m % HB_IO_COUNT),
+                                       .backward = true});
         check_op(c,
                  &(op_case){.m = 300, .rows = 64, .depth = 128, .blocksize = 64, .backward = true});
     }

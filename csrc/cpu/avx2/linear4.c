@@ -28,6 +28,8 @@
 enum {
     DOT_ROWS = 4,
     DOT_UNTIL = 8,
+    ADD_UNTIL = 4,
+    ADD_GROUP_ROWS = 4,
     DOT_UNTIL_BF16 = 12, // rounding makes decoding to panels dearer
     TILE_ROWS = 6,
     TILE_COLS = 16,
@@ -314,6 +316,8 @@ INLINE void dot(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const float 
         dot_shift(w, n_rows, depth, shift < 6 ? 6 : shift, &b, x, n_x, bf16, y, y_stride);
 }
 
+#include "cpu/avx2/linear4_add.h"
+
 // ---- panel ------------------------------------------------------------------------------------
 
 INLINE void pack_io(const void *x, hb_dtype io, int64_t x_stride, int n_x, int64_t steps, bool bf16,
@@ -492,6 +496,8 @@ INLINE void tile(const float *packed, const float *panel, int64_t steps, bool ac
 
 HB_LINEAR4_ENTRIES(f32, avx2, false)
 HB_LINEAR4_ENTRIES(bf16, avx2, true)
+HB_LINEAR4_ADD_ENTRY(f32, avx2, false)
+HB_LINEAR4_ADD_ENTRY(bf16, avx2, true)
 HB_LINEAR4_TILE(f32, avx2)
 
 INLINE void finish(const float *sums, const float *bias, int64_t n, hb_dtype io, void *y)
@@ -518,6 +524,14 @@ void hb_linear4_table_avx2(hb_kernels_linear4 *kernels)
     kernels->f32 = HB_LINEAR4_SET(f32, avx2);
     kernels->bf16 = HB_LINEAR4_SET(bf16, avx2);
     kernels->bf16.dot_until = DOT_UNTIL_BF16;
+    for (int c = 0; c < CHUNK; c++) { // lane i of vector v, nibble n
+        const int i = c % LANES, v = c / LANES % 4, n = c / (4 * LANES);
+        kernels->bf16.add_order[c] = kernels->f32.add_order[c] =
+            (uint8_t)(2 * (4 * v + i % 4) + n + i / 4 * 32);
+    }
+    kernels->bf16.add_until = kernels->f32.add_until = ADD_UNTIL;
+    kernels->f32.add_rows = hb_linear4_add_rows_f32_avx2;
+    kernels->bf16.add_rows = hb_linear4_add_rows_bf16_avx2;
     // Even columns first.
     for (int c = 0; c < TILE_COLS; c++)
         kernels->bf16.column_order[c] = kernels->f32.column_order[c] =

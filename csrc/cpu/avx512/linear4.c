@@ -16,7 +16,15 @@
 #include "cpu/linear4_avx512.h"
 #include "cpu/linear4_entries.h"
 
-enum { DOT_ROWS = 4, DOT_UNTIL = 24, TILE_ROWS = 6, TILE_COLS = 64, PANEL_STEPS = 128 };
+enum {
+    DOT_ROWS = 4,
+    DOT_UNTIL = 24,
+    TILE_ROWS = 6,
+    TILE_COLS = 64,
+    PANEL_STEPS = 128,
+    ADD_UNTIL = 4,
+    ADD_GROUP_ROWS = 4
+};
 
 // ---- dot --------------------------------------------------------------------------------------
 
@@ -205,6 +213,96 @@ INLINE void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, boo
     }
 }
 
+// ---- add --------------------------------------------------------------------------------------
+
+// The 64 columns from `column` (32 when `half`) of `rows` rows, times n_x rows of dy, onto sums, in
+// the order of decode_cols and with its weights.
+INLINE void add_chunk(__m512 codebook, const uint8_t *const *packed, const float *const *absmax,
+                      int64_t column, int shift, const bool half, const bool two_blocks,
+                      const float *dy, const int rows, const int n_x, const bool bf16, float *sums,
+                      int64_t sums_stride)
+{
+    float *target = sums + column;
+    __m512 sum[ADD_UNTIL][4];
+#pragma GCC unroll 4
+    for (int t = 0; t < n_x; t++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            sum[t][j] = _mm512_load_ps(target + t * sums_stride + j * LANES);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        const void *at = packed[r] + column / 2;
+        __m256i bytes = half ? _mm256_zextsi128_si256(_mm_loadu_si128(at)) : _mm256_loadu_si256(at);
+        __m512i words = _mm512_cvtepu16_epi32(bytes);
+        const float *scale = absmax[r] + (column >> shift);
+        __m512 table = _mm512_mul_ps(codebook, _mm512_set1_ps(scale[0])), second = table;
+        if (two_blocks) second = _mm512_mul_ps(codebook, _mm512_set1_ps(scale[1]));
+        if (bf16) table = rounded_to_bf16(table);
+        if (bf16 && two_blocks) second = rounded_to_bf16(second);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            __m512i index = _mm512_srli_epi32(words, (unsigned)(4 * j));
+            __m512 weight = _mm512_permutexvar_ps(index, table);
+            if (two_blocks) weight = _mm512_mask_permutexvar_ps(weight, 0xff00, index, second);
+#pragma GCC unroll 4
+            for (int t = 0; t < n_x; t++)
+                sum[t][j] = _mm512_fmadd_ps(weight, _mm512_set1_ps(dy[t * HB_LINEAR4_X_BLOCK + r]),
+                                            sum[t][j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < n_x; t++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            _mm512_store_ps(target + t * sums_stride + j * LANES, sum[t][j]);
+}
+
+INLINE void add_some(const hb_matrix4 *w, int64_t first, int64_t n_cols, __m512 codebook,
+                     const float *packed_dy, const int rows, const int n_x, const bool bf16,
+                     float *sums, int64_t sums_stride)
+{
+    const int shift = __builtin_ctzll((unsigned long long)w->blocksize);
+    const float *dy = packed_dy + first / HB_LINEAR4_X_BLOCK * HB_LINEAR4_X_BLOCK * TILE_ROWS +
+                      first % HB_LINEAR4_X_BLOCK;
+    const uint8_t *packed[ADD_GROUP_ROWS];
+    const float *absmax[ADD_GROUP_ROWS];
+    for (int r = 0; r < rows; r++) {
+        packed[r] = w->packed + (first + r) * w->row_bytes;
+        absmax[r] = w->absmax + (first + r) * w->absmax_stride;
+        for (int64_t i = 0; i <= (n_cols - 1) >> shift; i += 16) // the rows that come next
+            _mm_prefetch((const char *)(absmax[r] + rows * w->absmax_stride + i), _MM_HINT_T0);
+    }
+    int64_t k = 0;
+    for (; k + 64 <= n_cols; k += 64) {
+        if (k % 128 == 0)
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+                _mm_prefetch((const char *)packed[r] + k / 2 + rows * w->row_bytes, _MM_HINT_T0);
+        if (shift == 5)
+            add_chunk(codebook, packed, absmax, k, shift, false, true, dy, rows, n_x, bf16, sums,
+                      sums_stride);
+        else
+            add_chunk(codebook, packed, absmax, k, shift, false, false, dy, rows, n_x, bf16, sums,
+                      sums_stride);
+    }
+    if (k < n_cols)
+        add_chunk(codebook, packed, absmax, k, shift, true, false, dy, rows, n_x, bf16, sums,
+                  sums_stride);
+}
+
+INLINE void add_rows(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, const float *packed_dy,
+                     const int n_x, const bool bf16, float *sums, int64_t sums_stride)
+{
+    const __m512 codebook = _mm512_load_ps(w->codebook);
+    int64_t r = 0;
+    for (; r + ADD_GROUP_ROWS <= n_rows; r += ADD_GROUP_ROWS)
+        add_some(w, r, n_cols, codebook, packed_dy, ADD_GROUP_ROWS, n_x, bf16, sums, sums_stride);
+    for (; r < n_rows; r++)
+        add_some(w, r, n_cols, codebook, packed_dy, 1, n_x, bf16, sums, sums_stride);
+}
+
+// ---- tile -------------------------------------------------------------------------------------
+
 // n_x rows of x times the panel; n_x is a constant at each call.
 INLINE void tile(const float *packed, const float *panel, int64_t steps, bool accumulate,
                  float *sums, const int n_x)
@@ -247,6 +345,8 @@ INLINE void tile(const float *packed, const float *panel, int64_t steps, bool ac
 
 HB_LINEAR4_ENTRIES(f32, avx512, false)
 HB_LINEAR4_ENTRIES(bf16, avx512, true)
+HB_LINEAR4_ADD_ENTRY(f32, avx512, false)
+HB_LINEAR4_ADD_ENTRY(bf16, avx512, true)
 HB_LINEAR4_TILE(f32, avx512)
 
 // 16 of them, or the `present` ones; a full store is written as one, since masked stores are slow
@@ -292,5 +392,10 @@ void hb_linear4_table_avx512(hb_kernels_linear4 *kernels)
     for (int c = 0; c < TILE_COLS; c++)
         kernels->bf16.column_order[c] = kernels->f32.column_order[c] =
             (uint8_t)(4 * (c % LANES) + (c / LANES ^ 1));
+    memcpy(kernels->f32.add_order, kernels->f32.column_order, sizeof kernels->f32.add_order);
+    memcpy(kernels->bf16.add_order, kernels->f32.add_order, sizeof kernels->bf16.add_order);
+    kernels->bf16.add_until = kernels->f32.add_until = ADD_UNTIL;
+    kernels->f32.add_rows = hb_linear4_add_rows_f32_avx512;
+    kernels->bf16.add_rows = hb_linear4_add_rows_bf16_avx512;
     kernels->finish = hb_linear4_finish_avx512;
 }

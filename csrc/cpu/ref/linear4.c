@@ -5,7 +5,14 @@
 #include "core/kernels_linear4.h"
 #include "cpu/linear4_entries.h"
 
-enum { TILE_ROWS = 4, TILE_COLS = 16, PANEL_STEPS = 128, DOT_ROWS = 4, DOT_UNTIL = DOT_ROWS };
+enum {
+    TILE_ROWS = 4,
+    TILE_COLS = 16,
+    PANEL_STEPS = 128,
+    DOT_ROWS = 4,
+    DOT_UNTIL = DOT_ROWS,
+    ADD_UNTIL = 4
+};
 
 static inline float rounded_to_bf16(float value)
 {
@@ -95,10 +102,27 @@ static void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, boo
         }
 }
 
+static void add_rows(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, const float *packed,
+                     int n_x, bool bf16, float *sums, int64_t sums_stride)
+{
+    for (int t = 0; t < n_x; t++)
+        for (int64_t c = 0; c < n_cols; c++) {
+            double sum = sums[t * sums_stride + c];
+            for (int64_t r = 0; r < n_rows; r++) {
+                float value = w->codebook[code_at(w, r, c)] * scale_at(w, r, c);
+                if (bf16) value = rounded_to_bf16(value);
+                sum += (double)packed[packed_index(r, t)] * value;
+            }
+            sums[t * sums_stride + c] = (float)sum;
+        }
+}
+
 // ---- entries -----------------------------------------------------------------------------------
 
 HB_LINEAR4_ENTRIES(f32, ref, false)
 HB_LINEAR4_ENTRIES(bf16, ref, true)
+HB_LINEAR4_ADD_ENTRY(f32, ref, false)
+HB_LINEAR4_ADD_ENTRY(bf16, ref, true)
 
 static void hb_linear4_tile_f32_ref(const void *packed, const void *panel, int64_t steps, int n_x,
                                     bool accumulate, float *sums)
@@ -131,5 +155,10 @@ void hb_linear4_table_ref(hb_kernels_linear4 *kernels)
     for (int c = 0; c < HB_LINEAR4_MAX_TILE_COLS; c++)
         kernels->bf16.column_order[c] = kernels->f32.column_order[c] = (uint8_t)c;
     kernels->bf16.columns_in_order = kernels->f32.columns_in_order = true;
+    for (int c = 0; c < HB_LINEAR4_ADD_GROUP; c++)
+        kernels->bf16.add_order[c] = kernels->f32.add_order[c] = (uint8_t)c;
+    kernels->bf16.add_until = kernels->f32.add_until = ADD_UNTIL;
+    kernels->f32.add_rows = hb_linear4_add_rows_f32_ref;
+    kernels->bf16.add_rows = hb_linear4_add_rows_bf16_ref;
     kernels->finish = hb_linear4_finish_ref;
 }
