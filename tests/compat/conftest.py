@@ -95,6 +95,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What the last test of this process left standing for this one: not set up here, not torn down here.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
