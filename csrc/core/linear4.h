@@ -45,16 +45,15 @@ typedef struct {
     bool y_regular;    // rows of y are y_stride elements apart
     int64_t y_stride;
 
-    bool dot, add;            // these regimes, not panels
-    int64_t add_cols;         // add: columns of W per chunk
-    bool serial;              // on the caller's thread alone
-    bool share;               // panels are decoded once, for all lanes
-    int64_t pass_rows;        // rows of x in a pass, but for the last
-    int64_t m_begin, m_count; // rows of x in this one
-    int64_t unit;             // rows of x that are packed together: 1 (dot) or a tile
-    int64_t tiles_per_chunk;  // panel regime: tiles of x that one chunk multiplies
+    hb_chunk_fn bring_x, multiply; // what the regime does with a pass: see below
+    bool serial;                   // on the caller's thread alone
+    bool share;                    // panels are decoded once, for all lanes
+    int64_t pass_rows;             // rows of x in a pass, but for the last
+    int64_t m_begin, m_count;      // rows of x in this one
+    int64_t unit;                  // rows of x that are packed together: 1 (dot) or a tile
+    int64_t tiles_per_chunk;       // panel regime: tiles of x that one chunk multiplies
     int64_t m_chunks;
-    int64_t n_groups; // of outputs; chunks are n_groups * m_chunks
+    int64_t group, n_groups; // outputs in one, and groups; chunks are n_groups * m_chunks
 
     unsigned char *packed;   // x of this pass, permuted or in tiles
     int64_t packed_stride;   // bytes from one row (dot) or tile (panel) to the next
@@ -65,6 +64,7 @@ typedef struct {
     unsigned char *lanes;
     int n_lanes;
     int64_t lane_bytes, sums_at, scales_at; // in a lane: panel (add: totals), sums, scales
+    int64_t lane_sums, lane_scales;         // floats of them
 
     _Alignas(64) float codebook[16];
 } hb_product4;
@@ -106,10 +106,8 @@ void hb_product4_decode_panel(const hb_product4 *p, int64_t out, int64_t n_out, 
 void hb_product4_permute_rows(void *arg, int64_t begin, int64_t end, int lane); // rows of x
 void hb_product4_dot_chunks(void *arg, int64_t begin, int64_t end, int lane); // DOT_CHUNK_ROWS of W
 
-void hb_product4_add_chunks(void *arg, int64_t begin, int64_t end, int lane); // add_cols of W
+void hb_product4_add_chunks(void *arg, int64_t begin, int64_t end, int lane); // columns of W
 
-// Outputs that a chunk of panel_chunks takes.
-int64_t hb_product4_panel_group(const hb_product4 *p);
 void hb_product4_pack_tiles(void *arg, int64_t begin, int64_t end, int lane); // tiles of x
 // Chunks: first those of the shared panels (they take longest), then the tiles of x.
 int64_t hb_product4_shared_chunks(const hb_product4 *p); // so many in the present pass

@@ -18,14 +18,14 @@ static void add_steps(const hb_product4 *p, int64_t step, int64_t n_steps, int64
         const int64_t stop = aligned > column ? hb_least(aligned, end) : end;
         const hb_matrix4 block = hb_product4_block(p, step, column, scales);
         set->add_rows(&block, n_steps, stop - column, packed, (int)p->m_count,
-                      sums + (column - begin), p->add_cols);
+                      sums + (column - begin), p->group);
         column = stop;
     }
 }
 
 static void store_columns(const hb_product4 *p, int64_t begin, int64_t end, const float *totals)
 {
-    for (int64_t t = 0; t < p->m_count; t++, totals += p->add_cols)
+    for (int64_t t = 0; t < p->m_count; t++, totals += p->group)
         for (int64_t c = begin; c < end; c += HB_LINEAR4_ADD_GROUP) {
             _Alignas(64) float natural[HB_LINEAR4_ADD_GROUP];
             for (int i = 0; i < HB_LINEAR4_ADD_GROUP; i++)
@@ -40,10 +40,10 @@ void hb_product4_add_chunks(void *arg, int64_t begin, int64_t end, int lane)
     const hb_product4 *p = arg;
     unsigned char *scratch = p->lanes + lane * p->lane_bytes;
     float *const totals = (float *)scratch, *const sums = (float *)(scratch + p->sums_at);
-    const int64_t n_sums = p->m_count * p->add_cols;
+    const int64_t n_sums = p->m_count * p->group;
     for (int64_t chunk = begin; chunk < end; chunk++) {
-        const int64_t column = chunk * p->add_cols;
-        const int64_t column_end = hb_least(column + p->add_cols, p->outputs);
+        const int64_t column = chunk * p->group;
+        const int64_t column_end = hb_least(column + p->group, p->outputs);
         memset(totals, 0, (size_t)n_sums * sizeof *totals);
         for (int64_t step = 0; step < p->steps; step += p->set->panel_steps) {
             const int64_t n_steps = hb_least(p->set->panel_steps, p->steps - step);

@@ -140,20 +140,14 @@ static void multiply_panel(const hb_product4 *p, int64_t out, int64_t tile_begin
     }
 }
 
-int64_t hb_product4_panel_group(const hb_product4 *p)
-{
-    // Backward, two panels share each cache line of W: keep them on one thread.
-    return p->backward && !p->share ? 2 * p->set->tile_cols : p->set->tile_cols;
-}
-
 void hb_product4_panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
 {
     const hb_product4 *p = arg;
     unsigned char *scratch = p->lanes + lane * p->lane_bytes;
     int64_t n_tiles = hb_ceil_div(p->m_count, p->set->tile_rows);
     for (int64_t chunk = begin; chunk < end; chunk++) {
-        int64_t out_begin = chunk / p->m_chunks * hb_product4_panel_group(p);
-        int64_t out_end = hb_least(out_begin + hb_product4_panel_group(p), p->outputs);
+        int64_t out_begin = chunk / p->m_chunks * p->group;
+        int64_t out_end = hb_least(out_begin + p->group, p->outputs);
         int64_t tile_begin = chunk % p->m_chunks * p->tiles_per_chunk;
         int64_t tile_end = hb_least(tile_begin + p->tiles_per_chunk, n_tiles);
         if (tile_begin >= tile_end) continue; // a shorter last pass

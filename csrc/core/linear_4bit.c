@@ -17,12 +17,44 @@ enum {
 
 // ---- plan -------------------------------------------------------------------------------------
 
-// Rows of x in a pass: so many that packed x stays in the caches, in whole units, and passes of one
-// length: each decodes all of W.
+// Few rows of x: each row of W once, all rows of x in one pass.
+static void plan_dot(hb_product4 *p)
+{
+    const hb_linear4_set *set = p->set;
+    p->bring_x = hb_product4_permute_rows;
+    p->multiply = hb_product4_dot_chunks;
+    p->unit = 1;
+    p->packed_stride = hb_linear4_permuted_bytes(set, p->steps);
+    p->pass_rows = p->x.rows;
+    p->group = HB_LINEAR4_DOT_CHUNK_ROWS;
+    p->m_chunks = 1;
+    p->lane_sums = set->dot_rows * HB_LINEAR4_DOT_CHUNK_ROWS;
+    if (p->expand) p->lane_scales = HB_LINEAR4_DOT_SCALE_ROWS * (p->w->depth / p->blocksize);
+}
+
+// Few rows of dy: a tile of them, as many chunks of columns of W for each lane.
+static void plan_add(hb_product4 *p)
+{
+    const hb_linear4_set *set = p->set;
+    p->bring_x = hb_product4_pack_tiles;
+    p->multiply = hb_product4_add_chunks;
+    p->unit = set->tile_rows;
+    p->packed_stride = hb_round_up(hb_linear4_tile_bytes(set, p->steps), 64);
+    p->pass_rows = p->x.rows;
+    const int64_t units = hb_ceil_div(p->outputs, HB_LINEAR4_ADD_UNIT);
+    const int64_t chunks = hb_round_up(hb_ceil_div(p->outputs, HB_LINEAR4_ADD_COLS), p->n_lanes);
+    p->group = hb_ceil_div(units, chunks) * HB_LINEAR4_ADD_UNIT;
+    p->m_chunks = 1;
+    p->lane_sums = p->x.rows * p->group;
+    p->sums_at = p->lane_sums * (int64_t)sizeof(float); // behind the totals
+}
+
+// Rows of x in a pass over panels: so many that packed x stays in the caches, in whole units, and
+// passes of one length: each decodes all of W.
 static int64_t rows_of_a_pass(const hb_product4 *p)
 {
     const int64_t rows = p->x.rows;
-    if (p->dot || p->packed_stride == 0) return rows;
+    if (p->packed_stride == 0) return rows;
     const int64_t usual = hb_ceil_div(PASS_ROW_BYTES / p->set->element_bytes, p->unit);
     const int64_t most = hb_most(
         hb_least(hb_most(PASS_BYTES / p->packed_stride, usual), PACKED_BYTES / p->packed_stride),
@@ -31,56 +63,63 @@ static int64_t rows_of_a_pass(const hb_product4 *p)
     return hb_least(hb_ceil_div(units, hb_ceil_div(units, most)) * p->unit, rows);
 }
 
-// Columns of W that a chunk of the add regime takes: as many chunks for each lane.
-static int64_t columns_to_add(const hb_product4 *p)
-{
-    const int64_t units = hb_ceil_div(p->outputs, HB_LINEAR4_ADD_UNIT);
-    const int64_t chunks = hb_round_up(hb_ceil_div(p->outputs, HB_LINEAR4_ADD_COLS), p->n_lanes);
-    return hb_ceil_div(units, chunks) * HB_LINEAR4_ADD_UNIT;
-}
-
-// The regime, and how x and the outputs are cut.
-static void plan(hb_product4 *p)
-{
-    const hb_linear4_set *set = p->set;
-    const int64_t rows = p->x.rows;
-    p->dot = !p->backward && p->blocksize > 0 && rows <= set->dot_until && p->steps > 0;
-    p->add = p->backward && p->blocksize > 0 && rows <= set->add_until && p->steps > 0;
-    p->serial = p->w->numel / 2 * (1 + rows / 2) < SERIAL_BYTES;
-    p->n_lanes = p->serial ? 1 : hb_pool_threads(p->context->pool);
-    p->unit = p->dot ? 1 : set->tile_rows;
-    p->packed_stride = p->dot ? hb_linear4_permuted_bytes(set, p->steps)
-                              : hb_round_up(hb_linear4_tile_bytes(set, p->steps), 64);
-    p->pass_rows = rows_of_a_pass(p);
-    const int64_t tiles = hb_ceil_div(p->pass_rows, set->tile_rows);
-
-    // Few outputs: split the rows of x too, into at least 4 chunks a lane if they are there.
-    const int64_t panels = hb_ceil_div(p->outputs, set->tile_cols);
-    const bool few_outputs = !p->serial && tiles > 1 &&
-                             hb_ceil_div(p->outputs, hb_product4_panel_group(p)) < 4 * p->n_lanes;
-    p->shared_stride = hb_linear4_panel_bytes(set, p->steps);
-    p->share = !p->dot && !p->add && p->blocksize > 0 && few_outputs &&
-               p->shared_stride <= SHARED_BYTES / panels;
-    p->add_cols = columns_to_add(p);
-    const int64_t group = p->dot   ? HB_LINEAR4_DOT_CHUNK_ROWS
-                          : p->add ? p->add_cols
-                                   : hb_product4_panel_group(p);
-    p->n_groups = hb_ceil_div(p->outputs, group);
-    p->m_chunks = p->dot || p->add
-                      ? 1
-                      : hb_least(tiles, hb_ceil_div(p->serial ? 1 : 4 * p->n_lanes, p->n_groups));
-    p->tiles_per_chunk = hb_ceil_div(tiles, p->m_chunks);
-    p->m_chunks = hb_ceil_div(tiles, p->tiles_per_chunk);
-}
-
-// Floats of expanded scales that a lane needs.
-static int64_t lane_scales(const hb_product4 *p)
+// Floats of expanded scales that a lane needs beside panels.
+static int64_t panel_scales(const hb_product4 *p)
 {
     if (p->blocksize == 0) return p->set->panel_steps / HB_LINEAR4_MIN_BLOCKSIZE + 2;
     if (!p->expand) return 0;
     const int64_t a_row = p->w->depth / p->blocksize;
     if (p->backward) return p->share ? HB_LINEAR4_SHARED_STEPS * a_row : 0;
-    return (p->dot ? HB_LINEAR4_DOT_SCALE_ROWS : p->set->tile_cols) * a_row;
+    return p->set->tile_cols * a_row;
+}
+
+// Backward, two panels share each cache line of W: unless shared, they stay on one thread.
+static int64_t panel_group(const hb_product4 *p)
+{
+    return p->backward && !p->share ? 2 * p->set->tile_cols : p->set->tile_cols;
+}
+
+static void plan_panels(hb_product4 *p)
+{
+    const hb_linear4_set *set = p->set;
+    p->bring_x = hb_product4_pack_tiles;
+    p->multiply = hb_product4_panel_chunks;
+    p->unit = set->tile_rows;
+    p->packed_stride = hb_round_up(hb_linear4_tile_bytes(set, p->steps), 64);
+    p->pass_rows = rows_of_a_pass(p);
+    const int64_t tiles = hb_ceil_div(p->pass_rows, set->tile_rows);
+
+    // Few outputs: split the rows of x too, into at least 4 chunks a lane if they are there.
+    const int64_t panels = hb_ceil_div(p->outputs, set->tile_cols);
+    const bool few_outputs =
+        !p->serial && tiles > 1 && hb_ceil_div(p->outputs, panel_group(p)) < 4 * p->n_lanes;
+    p->shared_stride = hb_linear4_panel_bytes(set, p->steps);
+    p->share = p->blocksize > 0 && few_outputs && p->shared_stride <= SHARED_BYTES / panels;
+    p->group = panel_group(p);
+    const int64_t groups = hb_ceil_div(p->outputs, p->group);
+    const int64_t m_chunks = hb_least(tiles, hb_ceil_div(p->serial ? 1 : 4 * p->n_lanes, groups));
+    p->tiles_per_chunk = hb_ceil_div(tiles, m_chunks);
+    p->m_chunks = hb_ceil_div(tiles, p->tiles_per_chunk);
+    p->sums_at = hb_linear4_panel_bytes(set, set->panel_steps);
+    p->lane_sums = p->tiles_per_chunk * set->tile_rows * set->tile_cols;
+    p->lane_scales = panel_scales(p);
+}
+
+static void plan(hb_product4 *p)
+{
+    const int64_t rows = p->x.rows;
+    p->serial = p->w->numel / 2 * (1 + rows / 2) < SERIAL_BYTES;
+    p->n_lanes = p->serial ? 1 : hb_pool_threads(p->context->pool);
+    const bool plain = p->blocksize > 0 && p->steps > 0;
+    if (plain && !p->backward && rows <= p->set->dot_until)
+        plan_dot(p);
+    else if (plain && p->backward && rows <= p->set->add_until)
+        plan_add(p);
+    else
+        plan_panels(p);
+    p->n_groups = hb_ceil_div(p->outputs, p->group);
+    p->scales_at = p->sums_at + p->lane_sums * (int64_t)sizeof(float);
+    p->lane_bytes = hb_round_up(p->scales_at + p->lane_scales * (int64_t)sizeof(float), 64);
 }
 
 // Scratch: packed x, shared panels, gathered x, bias, all scales, then per lane panel, sums,
@@ -95,13 +134,6 @@ static hb_status open_scratch(hb_product4 *p, const hb_view *bias, hb_scratch *s
     const bool gather = !hb_matrix_rows_are_regular(&p->x, 0, rows, &stride);
     const bool copy_bias = bias != NULL && !hb_matrix_bias_is_plain(bias);
     const bool all_scales = p->expand && p->backward && p->blocksize > 0 && !p->share;
-    const int64_t dot_sums = set->dot_rows * HB_LINEAR4_DOT_CHUNK_ROWS;
-    const int64_t panel_sums = p->tiles_per_chunk * set->tile_rows * set->tile_cols;
-    p->sums_at = p->dot ? 0 : hb_linear4_panel_bytes(set, set->panel_steps);
-    const int64_t add_sums = rows * p->add_cols;
-    if (p->add) p->sums_at = add_sums * 4;
-    p->scales_at = p->sums_at + (p->dot ? dot_sums : p->add ? add_sums : panel_sums) * 4;
-    p->lane_bytes = hb_round_up(p->scales_at + lane_scales(p) * 4, 64);
 
     const int64_t units = hb_ceil_div(p->pass_rows, p->unit);
     const int64_t panels = hb_ceil_div(p->outputs, set->tile_cols);
@@ -158,11 +190,8 @@ static hb_status run(hb_product4 *p, const hb_view *bias, const char *function, 
         if (p->share)
             run_chunks(p, false, hb_product4_shared_chunks(p) + units, hb_product4_prepare_shared);
         else
-            run_chunks(p, small, units, p->dot ? hb_product4_permute_rows : hb_product4_pack_tiles);
-        run_chunks(p, p->serial, p->n_groups * p->m_chunks,
-                   p->dot   ? hb_product4_dot_chunks
-                   : p->add ? hb_product4_add_chunks
-                            : hb_product4_panel_chunks);
+            run_chunks(p, small, units, p->bring_x);
+        run_chunks(p, p->serial, p->n_groups * p->m_chunks, p->multiply);
     }
     hb_scratch_close(&scratch);
     return status;

@@ -80,6 +80,17 @@ INLINE __m512 group_scales(const float *absmax, int64_t column, int64_t columns,
                                  all);
 }
 
+// 128-bit part p of a, b, c, d -> v[p * stride].
+INLINE void transpose_parts(__m512i a, __m512i b, __m512i c, __m512i d, __m512i *v, int stride)
+{
+    __m512i even_ab = _mm512_shuffle_i32x4(a, b, 0x88), odd_ab = _mm512_shuffle_i32x4(a, b, 0xdd);
+    __m512i even_cd = _mm512_shuffle_i32x4(c, d, 0x88), odd_cd = _mm512_shuffle_i32x4(c, d, 0xdd);
+    v[0] = _mm512_shuffle_i32x4(even_ab, even_cd, 0x88);
+    v[stride] = _mm512_shuffle_i32x4(odd_ab, odd_cd, 0x88);
+    v[2 * stride] = _mm512_shuffle_i32x4(even_ab, even_cd, 0xdd);
+    v[3 * stride] = _mm512_shuffle_i32x4(odd_ab, odd_cd, 0xdd);
+}
+
 // 16 x 16 transposition of 32-bit lanes.
 INLINE void transpose(__m512i *v)
 {
@@ -95,16 +106,7 @@ INLINE void transpose(__m512i *v)
         a[i + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
     }
     // a[4q + c], 128-bit part p: rows 4q..4q+3 of column 4p + c.
-    for (int c = 0; c < 4; c++) {
-        __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
-        __m512i odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
-        __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-        __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-        v[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
-        v[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
-        v[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
-        v[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
-    }
+    for (int c = 0; c < 4; c++) transpose_parts(a[c], a[4 + c], a[8 + c], a[12 + c], v + c, 4);
 }
 
 // Columns 0..depth - 1 (at most 128) of 16 rows as dword lanes. Beyond n_rows (1..16) the last row

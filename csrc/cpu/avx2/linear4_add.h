@@ -51,45 +51,13 @@ INLINE void add_chunk(const book *b, const uint8_t *const *packed, const float *
     }
 }
 
-INLINE void add_some(const hb_matrix4 *w, int64_t first, int64_t n_cols, const book *b,
-                     const float *packed_dy, const int rows, const int n_x, const bool bf16,
-                     float *sums, int64_t sums_stride)
+typedef book add_book;
+
+INLINE add_book make_add_book(const float *codebook)
 {
-    const int shift = __builtin_ctzll((unsigned long long)w->blocksize);
-    const float *dy = packed_dy + first / HB_LINEAR4_X_BLOCK * HB_LINEAR4_X_BLOCK * TILE_ROWS +
-                      first % HB_LINEAR4_X_BLOCK;
-    const uint8_t *packed[ADD_GROUP_ROWS];
-    const float *absmax[ADD_GROUP_ROWS];
-    for (int r = 0; r < rows; r++) {
-        packed[r] = w->packed + (first + r) * w->row_bytes;
-        absmax[r] = w->absmax + (first + r) * w->absmax_stride;
-        for (int64_t i = 0; i <= (n_cols - 1) >> shift; i += 16) // the rows that come next
-            _mm_prefetch((const char *)(absmax[r] + rows * w->absmax_stride + i), _MM_HINT_T0);
-    }
-    int64_t k = 0;
-    for (; k + CHUNK <= n_cols; k += CHUNK) {
-        if (k % (2 * CHUNK) == 0)
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++)
-                _mm_prefetch((const char *)packed[r] + k / 2 + rows * w->row_bytes, _MM_HINT_T0);
-        if (shift == 5)
-            add_chunk(b, packed, absmax, k, 5, false, true, dy, rows, n_x, bf16, sums, sums_stride);
-        else
-            add_chunk(b, packed, absmax, k, shift, false, false, dy, rows, n_x, bf16, sums,
-                      sums_stride);
-    }
-    if (k < n_cols)
-        add_chunk(b, packed, absmax, k, shift, true, false, dy, rows, n_x, bf16, sums, sums_stride);
+    return make_book(codebook, false);
 }
 
-INLINE void add_rows(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, const float *packed_dy,
-                     const int n_x, const bool bf16, float *sums, int64_t sums_stride)
-{
-    const book b = make_book(w->codebook, false);
-    int64_t r = 0;
-    for (; r + ADD_GROUP_ROWS <= n_rows; r += ADD_GROUP_ROWS)
-        add_some(w, r, n_cols, &b, packed_dy, ADD_GROUP_ROWS, n_x, bf16, sums, sums_stride);
-    for (; r < n_rows; r++) add_some(w, r, n_cols, &b, packed_dy, 1, n_x, bf16, sums, sums_stride);
-}
+#include "cpu/linear4_add_loops.h"
 
 #endif

@@ -217,10 +217,10 @@ INLINE void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, boo
 
 // The 64 columns from `column` (32 when `half`) of `rows` rows, times n_x rows of dy, onto sums, in
 // the order of decode_cols and with its weights.
-INLINE void add_chunk(__m512 codebook, const uint8_t *const *packed, const float *const *absmax,
-                      int64_t column, int shift, const bool half, const bool two_blocks,
-                      const float *dy, const int rows, const int n_x, const bool bf16, float *sums,
-                      int64_t sums_stride)
+INLINE void add_chunk(const __m512 *codebook, const uint8_t *const *packed,
+                      const float *const *absmax, int64_t column, int shift, const bool half,
+                      const bool two_blocks, const float *dy, const int rows, const int n_x,
+                      const bool bf16, float *sums, int64_t sums_stride)
 {
     float *target = sums + column;
     __m512 sum[ADD_UNTIL][4];
@@ -235,8 +235,8 @@ INLINE void add_chunk(__m512 codebook, const uint8_t *const *packed, const float
         __m256i bytes = half ? _mm256_zextsi128_si256(_mm_loadu_si128(at)) : _mm256_loadu_si256(at);
         __m512i words = _mm512_cvtepu16_epi32(bytes);
         const float *scale = absmax[r] + (column >> shift);
-        __m512 table = _mm512_mul_ps(codebook, _mm512_set1_ps(scale[0])), second = table;
-        if (two_blocks) second = _mm512_mul_ps(codebook, _mm512_set1_ps(scale[1]));
+        __m512 table = _mm512_mul_ps(*codebook, _mm512_set1_ps(scale[0])), second = table;
+        if (two_blocks) second = _mm512_mul_ps(*codebook, _mm512_set1_ps(scale[1]));
         if (bf16) table = rounded_to_bf16(table);
         if (bf16 && two_blocks) second = rounded_to_bf16(second);
 #pragma GCC unroll 4
@@ -257,49 +257,14 @@ INLINE void add_chunk(__m512 codebook, const uint8_t *const *packed, const float
             _mm512_store_ps(target + t * sums_stride + j * LANES, sum[t][j]);
 }
 
-INLINE void add_some(const hb_matrix4 *w, int64_t first, int64_t n_cols, __m512 codebook,
-                     const float *packed_dy, const int rows, const int n_x, const bool bf16,
-                     float *sums, int64_t sums_stride)
+typedef __m512 add_book;
+
+INLINE add_book make_add_book(const float *codebook)
 {
-    const int shift = __builtin_ctzll((unsigned long long)w->blocksize);
-    const float *dy = packed_dy + first / HB_LINEAR4_X_BLOCK * HB_LINEAR4_X_BLOCK * TILE_ROWS +
-                      first % HB_LINEAR4_X_BLOCK;
-    const uint8_t *packed[ADD_GROUP_ROWS];
-    const float *absmax[ADD_GROUP_ROWS];
-    for (int r = 0; r < rows; r++) {
-        packed[r] = w->packed + (first + r) * w->row_bytes;
-        absmax[r] = w->absmax + (first + r) * w->absmax_stride;
-        for (int64_t i = 0; i <= (n_cols - 1) >> shift; i += 16) // the rows that come next
-            _mm_prefetch((const char *)(absmax[r] + rows * w->absmax_stride + i), _MM_HINT_T0);
-    }
-    int64_t k = 0;
-    for (; k + 64 <= n_cols; k += 64) {
-        if (k % 128 == 0)
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++)
-                _mm_prefetch((const char *)packed[r] + k / 2 + rows * w->row_bytes, _MM_HINT_T0);
-        if (shift == 5)
-            add_chunk(codebook, packed, absmax, k, shift, false, true, dy, rows, n_x, bf16, sums,
-                      sums_stride);
-        else
-            add_chunk(codebook, packed, absmax, k, shift, false, false, dy, rows, n_x, bf16, sums,
-                      sums_stride);
-    }
-    if (k < n_cols)
-        add_chunk(codebook, packed, absmax, k, shift, true, false, dy, rows, n_x, bf16, sums,
-                  sums_stride);
+    return _mm512_load_ps(codebook);
 }
 
-INLINE void add_rows(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, const float *packed_dy,
-                     const int n_x, const bool bf16, float *sums, int64_t sums_stride)
-{
-    const __m512 codebook = _mm512_load_ps(w->codebook);
-    int64_t r = 0;
-    for (; r + ADD_GROUP_ROWS <= n_rows; r += ADD_GROUP_ROWS)
-        add_some(w, r, n_cols, codebook, packed_dy, ADD_GROUP_ROWS, n_x, bf16, sums, sums_stride);
-    for (; r < n_rows; r++)
-        add_some(w, r, n_cols, codebook, packed_dy, 1, n_x, bf16, sums, sums_stride);
-}
+#include "cpu/linear4_add_loops.h"
 
 // ---- tile -------------------------------------------------------------------------------------
 

@@ -179,16 +179,8 @@ INLINE void load_8_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, int6
         a[2 * i + 1] = _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]);
     }
 #pragma GCC unroll 2
-    for (int odd = 0; odd < 2; odd++) {
-        __m512i even01 = _mm512_shuffle_i32x4(a[odd], a[2 + odd], 0x88);
-        __m512i odd01 = _mm512_shuffle_i32x4(a[odd], a[2 + odd], 0xdd);
-        __m512i even23 = _mm512_shuffle_i32x4(a[4 + odd], a[6 + odd], 0x88);
-        __m512i odd23 = _mm512_shuffle_i32x4(a[4 + odd], a[6 + odd], 0xdd);
-        words[odd] = _mm512_shuffle_i32x4(even01, even23, 0x88);
-        words[4 + odd] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
-        words[2 + odd] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
-        words[6 + odd] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
-    }
+    for (int odd = 0; odd < 2; odd++)
+        transpose_parts(a[odd], a[2 + odd], a[4 + odd], a[6 + odd], words + odd, 2);
 }
 
 // Scales of block `block` of rows first..first + 7, each in both dwords of its row, and those of
