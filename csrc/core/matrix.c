@@ -111,6 +111,21 @@ hb_status hb_matrix_check_view(const hb_view *view, const char *function, const 
     return HB_OK;
 }
 
+hb_status hb_matrix_check_rows(const hb_view *view, hb_dtype dtype, const char *function,
+                               const char *name, hb_error *error)
+{
+    HB_TRY(hb_matrix_check_view(view, function, name, error));
+    HB_CHECK(error, view->device.type == HB_CPU, HB_ERR_DEVICE,
+             "%s: %s, expected memory of the CPU, got CUDA", function, name);
+    HB_CHECK(error, view->dtype == dtype, HB_ERR_TYPE, "%s: %s, expected %s, got %s", function,
+             name, hb_dtype_name(dtype), hb_dtype_name(view->dtype));
+    const int last = view->ndim - 1;
+    HB_CHECK(error, view->stride[last] == 1 || view->shape[last] <= 1 || hb_view_numel(view) == 0,
+             HB_ERR_VALUE, "%s: %s, expected contiguous rows, got a stride of %" PRId64, function,
+             name, view->stride[last]);
+    return HB_OK;
+}
+
 hb_status hb_matrix_check_views(const hb_view *x, int64_t x_cols, const char *x_name,
                                 const char *x_size, const hb_view *y, int64_t y_cols,
                                 const char *y_name, const char *y_size, const char *function,

@@ -41,8 +41,12 @@ void hb_matrix_copy_bias(const hb_view *bias, float *target);
 // `name` is an io dtype with at least one dimension, contiguous unless on the CPU.
 hb_status hb_matrix_check_view(const hb_view *view, const char *function, const char *name,
                                hb_error *error);
-// The same for x and y; y is writable; they have x_cols and y_cols columns (called x_size and
-// y_size in messages, which compare them with the weight) and the same leading dimensions.
+// The same, of this dtype, in memory of the CPU, each row contiguous.
+hb_status hb_matrix_check_rows(const hb_view *view, hb_dtype dtype, const char *function,
+                               const char *name, hb_error *error);
+// Like hb_matrix_check_view for x and y; y is writable; they have x_cols and y_cols columns (called
+// x_size and y_size in messages, which compare them with the weight) and the same leading
+// dimensions.
 hb_status hb_matrix_check_views(const hb_view *x, int64_t x_cols, const char *x_name,
                                 const char *x_size, const hb_view *y, int64_t y_cols,
                                 const char *y_name, const char *y_size, const char *function,

@@ -4,6 +4,7 @@
 // and V are read where the cache of keys and values has them: the scores by the kernels for
 // products of few rows (the heads that share a K are the rows), V widened in pieces that stay in
 // the L1 cache. A head is never split: results do not depend on the number of threads.
+#include "core/integers.h"
 #include "core/matrix.h"
 #include "core/ops.h"
 
@@ -18,25 +19,12 @@ enum {
     SERIAL_PRODUCTS = 1 << 19 // work worth a thread
 };
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static hb_status check_operand(const hb_view *view, int ndim, hb_dtype dtype, const char *function,
                                const char *name, hb_error *error)
 {
-    HB_TRY(hb_matrix_check_view(view, function, name, error));
-    HB_CHECK(error, view->device.type == HB_CPU, HB_ERR_DEVICE,
-             "%s: %s, expected memory of the CPU, got CUDA", function, name);
-    HB_CHECK(error, view->dtype == dtype, HB_ERR_TYPE, "%s: %s, expected %s, got %s", function,
-             name, hb_dtype_name(dtype), hb_dtype_name(view->dtype));
+    HB_TRY(hb_matrix_check_rows(view, dtype, function, name, error));
     HB_CHECK(error, view->ndim == ndim, HB_ERR_VALUE, "%s: %s, expected %d dimensions, got %d",
              function, name, ndim, view->ndim);
-    HB_CHECK(error,
-             view->stride[ndim - 1] == 1 || view->shape[ndim - 1] <= 1 || hb_view_numel(view) == 0,
-             HB_ERR_VALUE, "%s: %s, expected contiguous rows, got a stride of %" PRId64, function,
-             name, view->stride[ndim - 1]);
     return HB_OK;
 }
 
@@ -126,7 +114,8 @@ static void score(const attention *p, int64_t b, int64_t g, float *scores)
     for (int64_t s = 0; s < p->shared; s += dense->rows)
         dense->dot[io](at(p->k, b, g), p->k->stride[2], p->length, p->depth,
                        at(p->q, b, g * p->shared + s), p->q->stride[1],
-                       (int)least(dense->rows, p->shared - s), scores + s * p->length, p->length);
+                       (int)hb_least(dense->rows, p->shared - s), scores + s * p->length,
+                       p->length);
 }
 
 static void attend_groups(void *arg, int64_t begin, int64_t end, int lane)
@@ -153,7 +142,7 @@ static void attend_groups(void *arg, int64_t begin, int64_t end, int lane)
         for (int64_t s = 0; s < p->shared; s++) {
             memset(out, 0, (size_t)p->depth * sizeof *out);
             for (int64_t t = 0; t < p->length; t += at_once) {
-                const int64_t rows = least(at_once, p->length - t);
+                const int64_t rows = hb_least(at_once, p->length - t);
                 const char *v = at(p->v, b, g) + t * stride * item;
                 if (stride == p->depth)
                     convert->widen[io](v, rows * p->depth, wide);

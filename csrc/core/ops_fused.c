@@ -4,6 +4,7 @@
 // A row is widened to float32 in pieces that stay in the L1 cache, worked on and narrowed again,
 // with the roundings that the same operations have in torch. Rows are split over the pool, a row
 // never: results do not depend on the number of threads.
+#include "core/integers.h"
 #include "core/matrix.h"
 #include "core/ops.h"
 
@@ -15,27 +16,6 @@ enum {
     PIECE = 1024,             // elements; a multiple of HB_FUSED_LANES, so that lanes go on
     SERIAL_ELEMENTS = 1 << 15 // work worth a thread
 };
-
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-// What the operations ask of each operand.
-static hb_status check_operand(const hb_view *view, hb_dtype dtype, const char *function,
-                               const char *name, hb_error *error)
-{
-    HB_TRY(hb_matrix_check_view(view, function, name, error));
-    HB_CHECK(error, view->device.type == HB_CPU, HB_ERR_DEVICE,
-             "%s: %s, expected memory of the CPU, got CUDA", function, name);
-    HB_CHECK(error, view->dtype == dtype, HB_ERR_TYPE, "%s: %s, expected %s, got %s", function,
-             name, hb_dtype_name(dtype), hb_dtype_name(view->dtype));
-    const int last = view->ndim - 1;
-    HB_CHECK(error, view->stride[last] == 1 || view->shape[last] <= 1 || hb_view_numel(view) == 0,
-             HB_ERR_VALUE, "%s: %s, expected contiguous rows, got a stride of %" PRId64, function,
-             name, view->stride[last]);
-    return HB_OK;
-}
 
 static hb_status check_same_shape(const hb_view *view, const hb_view *like, const char *function,
                                   const char *name, const char *like_name, hb_error *error)
@@ -53,7 +33,7 @@ static hb_status check_same_shape(const hb_view *view, const hb_view *like, cons
 static hb_status check_output(const hb_view *y, const hb_view *like, const char *function,
                               const char *like_name, hb_error *error)
 {
-    HB_TRY(check_operand(y, like->dtype, function, "y", error));
+    HB_TRY(hb_matrix_check_rows(y, like->dtype, function, "y", error));
     HB_TRY(check_same_shape(y, like, function, "y", like_name, error));
     HB_CHECK(error, !y->readonly, HB_ERR_BUFFER, "%s: y, expected writable memory, got read-only",
              function);
@@ -74,8 +54,7 @@ static const unsigned char *row_of(const hb_matrix *m, int64_t row)
     return hb_matrix_element(m, hb_matrix_row_offset(m, row));
 }
 
-// ---- the norm
-// --------------------------------------------------------------------------------
+// ---- the norm ----------------------------------------------------------------------------------
 
 typedef struct {
     const hb_kernels *kernels;
@@ -91,7 +70,7 @@ static float inverse_root_of_mean(const norm *p, const unsigned char *x)
     double lanes[HB_FUSED_LANES] = {0}, sum = 0;
     _Alignas(64) float wide[PIECE];
     for (int64_t begin = 0; begin < n; begin += PIECE) {
-        const int64_t part = least(PIECE, n - begin);
+        const int64_t part = hb_least(PIECE, n - begin);
         p->kernels->optim.widen[p->io](x + begin * item, part, wide);
         p->kernels->fused.squares(wide, part, lanes);
     }
@@ -112,7 +91,7 @@ static void norm_rows(void *arg, int64_t begin_row, int64_t end_row, int lane)
         unsigned char *y = (unsigned char *)row_of(&p->y, row);
         const float factor = inverse_root_of_mean(p, x);
         for (int64_t begin = 0; begin < n; begin += PIECE) {
-            const int64_t part = least(PIECE, n - begin), at = begin * item;
+            const int64_t part = hb_least(PIECE, n - begin), at = begin * item;
             convert->widen[p->io](x + at, part, wide);
             fused->scale(wide, part, factor);
             if (p->io != HB_F32) { // y is where it is rounded
@@ -130,8 +109,8 @@ hb_status hb_rms_norm(hb_context *context, const hb_view *x, const hb_view *w, f
                       const hb_view *y, hb_error *error)
 {
     static const char function[] = "rms_norm";
-    HB_TRY(check_operand(x, x->dtype, function, "x", error));
-    HB_TRY(check_operand(w, x->dtype, function, "weight", error));
+    HB_TRY(hb_matrix_check_rows(x, x->dtype, function, "x", error));
+    HB_TRY(hb_matrix_check_rows(w, x->dtype, function, "weight", error));
     HB_CHECK(error, w->ndim == 1 && w->shape[0] == x->shape[x->ndim - 1], HB_ERR_VALUE,
              "rms_norm: weight, expected shape [%" PRId64 "], got %d dimensions of %" PRId64
              " elements",
@@ -147,8 +126,7 @@ hb_status hb_rms_norm(hb_context *context, const hb_view *x, const hb_view *w, f
     return HB_OK;
 }
 
-// ---- activation and product
-// ------------------------------------------------------------------
+// ---- activation and product --------------------------------------------------------------------
 
 typedef struct {
     const hb_kernels *kernels;
@@ -167,7 +145,7 @@ static void gate_pieces(void *arg, int64_t begin_chunk, int64_t end_chunk, int l
     (void)lane;
     for (int64_t chunk = begin_chunk; chunk < end_chunk; chunk++) {
         const int64_t row = chunk / p->pieces, begin = chunk % p->pieces * PIECE;
-        const int64_t part = least(PIECE, p->y.cols - begin), at = begin * item;
+        const int64_t part = hb_least(PIECE, p->y.cols - begin), at = begin * item;
         unsigned char *y = (unsigned char *)row_of(&p->y, row) + at;
         convert->widen[p->io](row_of(&p->gate, row) + at, part, wide);
         convert->widen[p->io](row_of(&p->up, row) + at, part, factor);
@@ -185,8 +163,8 @@ hb_status hb_gate(hb_context *context, const hb_view *gate, const hb_view *up, h
                   const hb_view *y, hb_error *error)
 {
     static const char function[] = "gate";
-    HB_TRY(check_operand(gate, gate->dtype, function, "gate", error));
-    HB_TRY(check_operand(up, gate->dtype, function, "up", error));
+    HB_TRY(hb_matrix_check_rows(gate, gate->dtype, function, "gate", error));
+    HB_TRY(hb_matrix_check_rows(up, gate->dtype, function, "up", error));
     HB_TRY(check_same_shape(up, gate, function, "up", "gate", error));
     HB_TRY(check_output(y, gate, function, "gate", error));
     gating p = {.kernels = &context->kernels,
@@ -197,6 +175,6 @@ hb_status hb_gate(hb_context *context, const hb_view *gate, const hb_view *up, h
                 .io = gate->dtype};
     p.pieces = hb_ceil_div(p.y.cols, PIECE);
     if (p.y.cols > 0)
-        for_rows(context, p.y.rows * p.pieces, least(p.y.cols, PIECE), gate_pieces, &p);
+        for_rows(context, p.y.rows * p.pieces, hb_least(p.y.cols, PIECE), gate_pieces, &p);
     return HB_OK;
 }

@@ -5,6 +5,54 @@
 
 static const char *const activation_names[] = {"silu", "gelu_tanh", NULL};
 
+// A call: up to three arrays in, one out.
+typedef struct {
+    hb_state *state;
+    const char *function;
+    hb_array in[3], y;
+    PyObject *result; // NULL unless call_output has made it
+    hb_status status;
+    hb_error error;
+} fused_call;
+
+// `expected` arguments, the first `arrays` of which are arrays called names[i]. call_end is due
+// also on failure.
+static int call_begin(fused_call *call, PyObject *module, PyObject *const *args, Py_ssize_t n_args,
+                      Py_ssize_t expected, int arrays, const char *const *names)
+{
+    call->state = hb_state_of_module(module);
+    if (n_args != expected) {
+        PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", call->function,
+                     expected, n_args);
+        return -1;
+    }
+    for (int i = 0; i < arrays; i++)
+        if (hb_array_get(call->state, args[i], call->function, names[i], HB_TAKE_IO, &call->in[i]) <
+            0)
+            return -1;
+    return 0;
+}
+
+// y of `shape` beside the first array, with its dtype.
+static int call_output(fused_call *call, int ndim, const int64_t *shape)
+{
+    const hb_origin origin = hb_origin_of(&call->in[0]);
+    call->result = hb_output(call->state, NULL, call->function, "out", &origin,
+                             call->in[0].view.dtype, ndim, shape, 0, &call->y);
+    return call->result == NULL ? -1 : 0;
+}
+
+static PyObject *call_end(fused_call *call)
+{
+    if (call->status != HB_OK) {
+        hb_raise(call->state, call->status, &call->error);
+        Py_CLEAR(call->result);
+    }
+    for (int i = 0; i < 3; i++) hb_array_release(&call->in[i]);
+    hb_array_release(&call->y);
+    return call->result;
+}
+
 PyDoc_STRVAR(
     rms_norm_doc,
     "rms_norm($module, x, weight, eps, /)\n--\n\n"
@@ -14,32 +62,16 @@ PyDoc_STRVAR(
 
 static PyObject *rms_norm(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
 {
-    hb_state *state = hb_state_of_module(module);
-    hb_array x = {.owner = NULL}, w = {.owner = NULL}, y = {.owner = NULL};
-    PyObject *object = NULL;
-    if (n_args != 3)
-        return PyErr_Format(PyExc_TypeError, "rms_norm: expected 3 arguments, got %zd", n_args);
+    static const char *const names[] = {"x", "weight"};
+    fused_call call = {.function = "rms_norm"};
+    const hb_view *x = &call.in[0].view, *w = &call.in[1].view;
     float eps = 0;
-    if (hb_arg_float("rms_norm", "eps", args[2], &eps) < 0 ||
-        hb_array_get(state, args[0], "rms_norm", "x", HB_TAKE_IO, &x) < 0 ||
-        hb_array_get(state, args[1], "rms_norm", "weight", HB_TAKE_IO, &w) < 0)
-        goto done;
-    const hb_origin origin = hb_origin_of(&x);
-    object = hb_output(state, NULL, "rms_norm", "out", &origin, x.view.dtype, x.view.ndim,
-                       x.view.shape, 0, &y);
-    if (object == NULL) goto done;
-    hb_error error;
-    hb_status status;
-    HB_WITHOUT_GIL(status, hb_rms_norm(&state->context, &x.view, &w.view, eps, &y.view, &error));
-    if (status != HB_OK) {
-        hb_raise(state, status, &error);
-        Py_CLEAR(object);
-    }
-done:
-    hb_array_release(&x);
-    hb_array_release(&w);
-    hb_array_release(&y);
-    return object;
+    if (call_begin(&call, module, args, n_args, 3, 2, names) == 0 &&
+        hb_arg_float("rms_norm", "eps", args[2], &eps) == 0 &&
+        call_output(&call, x->ndim, x->shape) == 0)
+        HB_WITHOUT_GIL(call.status,
+                       hb_rms_norm(&call.state->context, x, w, eps, &call.y.view, &call.error));
+    return call_end(&call);
 }
 
 PyDoc_STRVAR(
@@ -50,33 +82,16 @@ PyDoc_STRVAR(
 
 static PyObject *gate(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
 {
-    hb_state *state = hb_state_of_module(module);
-    hb_array g = {.owner = NULL}, up = {.owner = NULL}, y = {.owner = NULL};
-    PyObject *object = NULL;
-    if (n_args != 3)
-        return PyErr_Format(PyExc_TypeError, "gate: expected 3 arguments, got %zd", n_args);
+    static const char *const names[] = {"gate", "up"};
+    fused_call call = {.function = "gate"};
+    const hb_view *g = &call.in[0].view, *up = &call.in[1].view;
     int f = HB_SILU;
-    if (hb_arg_choice("gate", "activation", args[2], activation_names, &f) < 0 ||
-        hb_array_get(state, args[0], "gate", "gate", HB_TAKE_IO, &g) < 0 ||
-        hb_array_get(state, args[1], "gate", "up", HB_TAKE_IO, &up) < 0)
-        goto done;
-    const hb_origin origin = hb_origin_of(&g);
-    object = hb_output(state, NULL, "gate", "out", &origin, g.view.dtype, g.view.ndim, g.view.shape,
-                       0, &y);
-    if (object == NULL) goto done;
-    hb_error error;
-    hb_status status;
-    HB_WITHOUT_GIL(status,
-                   hb_gate(&state->context, &g.view, &up.view, (hb_activation)f, &y.view, &error));
-    if (status != HB_OK) {
-        hb_raise(state, status, &error);
-        Py_CLEAR(object);
-    }
-done:
-    hb_array_release(&g);
-    hb_array_release(&up);
-    hb_array_release(&y);
-    return object;
+    if (call_begin(&call, module, args, n_args, 3, 2, names) == 0 &&
+        hb_arg_choice("gate", "activation", args[2], activation_names, &f) == 0 &&
+        call_output(&call, g->ndim, g->shape) == 0)
+        HB_WITHOUT_GIL(call.status, hb_gate(&call.state->context, g, up, (hb_activation)f,
+                                            &call.y.view, &call.error));
+    return call_end(&call);
 }
 
 PyDoc_STRVAR(
@@ -88,30 +103,14 @@ PyDoc_STRVAR(
 
 static PyObject *rotate(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
 {
-    hb_state *state = hb_state_of_module(module);
-    hb_array in[3] = {{.owner = NULL}}, y = {.owner = NULL};
-    static const char *const names[3] = {"x", "cos", "sin"};
-    PyObject *object = NULL;
-    if (n_args != 3)
-        return PyErr_Format(PyExc_TypeError, "rotate: expected 3 arguments, got %zd", n_args);
-    for (int i = 0; i < 3; i++)
-        if (hb_array_get(state, args[i], "rotate", names[i], HB_TAKE_IO, &in[i]) < 0) goto done;
-    const hb_view *x = &in[0].view;
-    const hb_origin origin = hb_origin_of(&in[0]);
-    object = hb_output(state, NULL, "rotate", "out", &origin, x->dtype, x->ndim, x->shape, 0, &y);
-    if (object == NULL) goto done;
-    hb_error error;
-    hb_status status;
-    HB_WITHOUT_GIL(status,
-                   hb_rotate(&state->context, x, &in[1].view, &in[2].view, &y.view, &error));
-    if (status != HB_OK) {
-        hb_raise(state, status, &error);
-        Py_CLEAR(object);
-    }
-done:
-    for (int i = 0; i < 3; i++) hb_array_release(&in[i]);
-    hb_array_release(&y);
-    return object;
+    static const char *const names[] = {"x", "cos", "sin"};
+    fused_call call = {.function = "rotate"};
+    const hb_view *x = &call.in[0].view;
+    if (call_begin(&call, module, args, n_args, 3, 3, names) == 0 &&
+        call_output(&call, x->ndim, x->shape) == 0)
+        HB_WITHOUT_GIL(call.status, hb_rotate(&call.state->context, x, &call.in[1].view,
+                                              &call.in[2].view, &call.y.view, &call.error));
+    return call_end(&call);
 }
 
 PyDoc_STRVAR(
@@ -121,39 +120,28 @@ PyDoc_STRVAR(
     "length, depth] -> [batch, 1, heads, depth], heads a multiple of groups; all of one dtype,\n"
     "float32, bfloat16 or float16, in memory of the CPU, with contiguous rows.");
 
-static PyObject *attend(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
+static int attend_output(fused_call *call)
 {
-    hb_state *state = hb_state_of_module(module);
-    hb_array in[3] = {{.owner = NULL}}, y = {.owner = NULL};
-    static const char *const names[3] = {"q", "k", "v"};
-    PyObject *object = NULL;
-    float scale = 0;
-    if (n_args != 4)
-        return PyErr_Format(PyExc_TypeError, "attend: expected 4 arguments, got %zd", n_args);
-    if (hb_arg_float("attend", "scale", args[3], &scale) < 0) return NULL;
-    for (int i = 0; i < 3; i++)
-        if (hb_array_get(state, args[i], "attend", names[i], HB_TAKE_IO, &in[i]) < 0) goto done;
-    const hb_view *q = &in[0].view;
+    const hb_view *q = &call->in[0].view;
     if (q->ndim != 4) {
         PyErr_Format(PyExc_ValueError, "attend: q, expected 4 dimensions, got %d", q->ndim);
-        goto done;
+        return -1;
     }
     const int64_t shape[4] = {q->shape[0], 1, q->shape[1], q->shape[3]};
-    const hb_origin origin = hb_origin_of(&in[0]);
-    object = hb_output(state, NULL, "attend", "out", &origin, q->dtype, 4, shape, 0, &y);
-    if (object == NULL) goto done;
-    hb_error error;
-    hb_status status;
-    HB_WITHOUT_GIL(status,
-                   hb_attend(&state->context, q, &in[1].view, &in[2].view, scale, &y.view, &error));
-    if (status != HB_OK) {
-        hb_raise(state, status, &error);
-        Py_CLEAR(object);
-    }
-done:
-    for (int i = 0; i < 3; i++) hb_array_release(&in[i]);
-    hb_array_release(&y);
-    return object;
+    return call_output(call, 4, shape);
+}
+
+static PyObject *attend(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
+{
+    static const char *const names[] = {"q", "k", "v"};
+    fused_call call = {.function = "attend"};
+    const hb_view *q = &call.in[0].view;
+    float scale = 0;
+    if (call_begin(&call, module, args, n_args, 4, 3, names) == 0 &&
+        hb_arg_float("attend", "scale", args[3], &scale) == 0 && attend_output(&call) == 0)
+        HB_WITHOUT_GIL(call.status, hb_attend(&call.state->context, q, &call.in[1].view,
+                                              &call.in[2].view, scale, &call.y.view, &call.error));
+    return call_end(&call);
 }
 
 PyMethodDef hb_functions_fused[] = {

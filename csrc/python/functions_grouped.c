@@ -47,15 +47,9 @@ typedef struct {
     hb_array x, offsets, y;
     PyObject *result, *scratch;
     void *workspace;
+    hb_status status;
+    hb_error error;
 } grouped_call;
-
-static void call_end(grouped_call *call)
-{
-    hb_array_release(&call->x);
-    hb_array_release(&call->offsets);
-    hb_array_release(&call->y);
-    Py_CLEAR(call->scratch);
-}
 
 static int call_begin(hb_state *state, grouped_call *call, PyObject *x, PyObject *offsets,
                       const hb_device *device, const int64_t *shape)
@@ -89,6 +83,18 @@ static int call_workspace(grouped_call *call, int64_t bytes)
     return hb_workspace_new(call->function, &origin, bytes, &call->scratch, &call->workspace);
 }
 
+// `failed`: an exception is set.
+static PyObject *call_end(hb_state *state, grouped_call *call, bool failed)
+{
+    if (!failed && call->status != HB_OK) hb_raise(state, call->status, &call->error);
+    if (failed || call->status != HB_OK) Py_CLEAR(call->result);
+    hb_array_release(&call->x);
+    hb_array_release(&call->offsets);
+    hb_array_release(&call->y);
+    Py_CLEAR(call->scratch);
+    return call->result;
+}
+
 PyDoc_STRVAR(grouped_linear_4bit_doc,
              "grouped_linear_4bit($module, x, offsets, packed, absmax, /, quant_type, blocksize, "
              "shape, transposed=False, *, nested_absmax=None, nested_map=None, nested_offset=0.0, "
@@ -119,23 +125,19 @@ static PyObject *grouped_linear_4bit(PyObject *module, PyObject *const *args, Py
     if (hb_arg_bool(function, "transposed", value[7], &call.transposed) < 0 ||
         get_stack(state, function, &weights_args, value[6], 3, shape, &weights) < 0)
         return NULL;
-    hb_error error;
-    hb_status status = HB_OK;
-    bool failed =
+    const bool failed =
         call_begin(state, &call, value[0], value[1], &weights.tensor.device, shape) < 0 ||
         call_workspace(&call, hb_grouped_linear_4bit_workspace(&call.x.view, &call.offsets.view,
                                                                &weights.tensor, call.transposed)) <
             0;
-    if (!failed) {
-        HB_WITHOUT_GIL(status, hb_grouped_linear_4bit_cuda(&call.x.view, &call.offsets.view,
-                                                           &weights.tensor, call.transposed,
-                                                           &call.y.view, call.workspace, &error));
-        if (status != HB_OK) hb_raise(state, status, &error);
-    }
-    if (failed || status != HB_OK) Py_CLEAR(call.result);
-    call_end(&call);
+    if (!failed)
+        HB_WITHOUT_GIL(call.status,
+                       hb_grouped_linear_4bit_cuda(&call.x.view, &call.offsets.view,
+                                                   &weights.tensor, call.transposed, &call.y.view,
+                                                   call.workspace, &call.error));
+    PyObject *result = call_end(state, &call, failed);
     hb_weights4_release(&weights);
-    return call.result;
+    return result;
 }
 
 PyDoc_STRVAR(grouped_linear_8bit_doc,
@@ -168,8 +170,6 @@ static PyObject *grouped_linear_8bit(PyObject *module, PyObject *const *args, Py
         hb_rows8_get(state, function, value[2], value[3], 0, &weights) < 0)
         return NULL;
     const hb_view *codes = &weights.codes.view;
-    hb_error error;
-    hb_status status = HB_OK;
     bool failed = check_cuda(function, &weights.codes, "codes") < 0;
     if (!failed && codes->ndim != 3) {
         PyErr_Format(PyExc_ValueError, "%s: codes, expected 3 dimensions, got %d", function,
@@ -188,17 +188,15 @@ static PyObject *grouped_linear_8bit(PyObject *module, PyObject *const *args, Py
         failed =
             call_workspace(&call, hb_grouped_linear_8bit_workspace(&call.x.view, &call.offsets.view,
                                                                    &stack, call.transposed)) < 0;
-        if (!failed) {
-            HB_WITHOUT_GIL(status, hb_grouped_linear_8bit_cuda(
-                                       &call.x.view, &call.offsets.view, &stack, call.transposed,
-                                       &call.y.view, call.workspace, &error));
-            if (status != HB_OK) hb_raise(state, status, &error);
-        }
+        if (!failed)
+            HB_WITHOUT_GIL(call.status,
+                           hb_grouped_linear_8bit_cuda(&call.x.view, &call.offsets.view, &stack,
+                                                       call.transposed, &call.y.view,
+                                                       call.workspace, &call.error));
     }
-    if (failed || status != HB_OK) Py_CLEAR(call.result);
-    call_end(&call);
+    PyObject *result = call_end(state, &call, failed);
     hb_rows8_release(&weights);
-    return call.result;
+    return result;
 }
 
 PyDoc_STRVAR(gather_4bit_doc,

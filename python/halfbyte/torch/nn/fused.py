@@ -24,32 +24,11 @@ from torch.compiler import is_compiling
 
 from halfbyte import _C
 from halfbyte.torch.nn.fused_attention import attention_forward
-from halfbyte.torch.nn.linear4bit import runs_eagerly
+from halfbyte.torch.nn.plain import DTYPES, are_plain
 
 __all__ = ["FusedAttention", "FusedMLP", "FusedNorm", "use_fused_kernels"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_function_modes = torch._C._len_torch_function_stack
-_is_grad_enabled = torch.is_grad_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
-_strided = torch.strided
 _tracing_state = torch._C._get_tracing_state
-
-
-def _is_plain(x: Any) -> bool:
-    """Whether x can go to a kernel: a plain CPU tensor of float32, bfloat16 or float16, and nobody watches."""
-    return (
-        type(x) is Tensor
-        and runs_eagerly(x)
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and x.layout is _strided
-        and not x.is_nested
-        and x.is_contiguous()
-        and not _function_modes()
-        and not _is_autocast_enabled("cpu")
-    )
 
 
 class _Fused(nn.Module):
@@ -86,19 +65,12 @@ class FusedNorm(_Fused):
         return super().forward(*args, **kwargs)
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        if not _is_plain(x):
-            return None
         weight = self._parameters.get("weight")
-        if type(weight) is not nn.Parameter or weight.dtype is not x.dtype or not weight.is_cpu:
-            return None
-        if _is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return None
-        size = weight.shape
         if (
-            len(size) != 1
-            or x.shape[-1:] != size
-            or weight.layout is not _strided
-            or not weight.is_contiguous()
+            not are_plain(x, weight)
+            or weight.dim() != 1
+            or x.shape[-1:] != weight.shape
+            or not (x.is_contiguous() and weight.is_contiguous())
         ):
             return None
         return _C.rms_norm(x, weight, _eps(self))
@@ -129,15 +101,11 @@ class FusedMLP(_Fused):
             return super().forward(*args, **kwargs)
         gate, up = modules["gate_proj"](args[0]), modules["up_proj"](args[0])
         if (
-            _is_plain(gate)
-            and type(up) is Tensor
-            and up.dtype is gate.dtype
-            and up.shape == gate.shape
-            and up.is_cpu
-            and up.layout is _strided
-            and up.is_contiguous()
+            are_plain(gate, up)
             and gate.dim() > 0
-            and not (_is_grad_enabled() and (gate.requires_grad or up.requires_grad))
+            and up.shape == gate.shape
+            and gate.is_contiguous()
+            and up.is_contiguous()
         ):
             return modules["down_proj"](_C.gate(gate, up, name))
         return modules["down_proj"](activation(gate) * up)
@@ -222,7 +190,7 @@ def _is_norm(module: nn.Module, known: dict[Any, bool]) -> bool:
         return False
     key = type(module), settings, len(weight)
     if key not in known:
-        known[key] = all(_computes_norm(module, names[0], len(weight), dtype) for dtype in _DTYPES)
+        known[key] = all(_computes_norm(module, names[0], len(weight), dtype) for dtype in DTYPES)
     return known[key]
 
 

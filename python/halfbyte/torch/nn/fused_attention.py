@@ -21,17 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import _C
+from halfbyte.torch.nn.plain import DTYPES, are_plain, have_rows
 
 __all__ = ["attention_forward"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TABLE, _ROTARY = "ALL_ATTENTION_FUNCTIONS", "apply_rotary_pos_emb"
 _MAX_DEPTH = 1024
-
-_function_modes = torch._C._len_torch_function_stack
-_is_grad_enabled = torch.is_grad_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
-_strided = torch.strided
 
 
 class _Globals(dict):
@@ -45,34 +40,14 @@ class _Globals(dict):
         return self.original[name]
 
 
-def _are_plain(*tensors: Any) -> bool:
-    """Whether all are plain CPU tensors of one dtype of ours with contiguous rows, without gradients to record."""
-    from halfbyte.torch.nn.linear4bit import runs_eagerly
-
-    first = tensors[0]
-    if type(first) is not Tensor or not runs_eagerly(first) or first.dtype not in _DTYPES:
-        return False
-    grad = _is_grad_enabled()
-    for x in tensors:
-        if type(x) is not Tensor or not x.is_cpu or x.dtype is not first.dtype or x.layout is not _strided:
-            return False
-        if (
-            x.is_nested
-            or x.dim() == 0
-            or (x.stride(-1) != 1 and x.shape[-1] != 1)
-            or (grad and x.requires_grad)
-        ):
-            return False
-    return not _function_modes() and not _is_autocast_enabled("cpu")
-
-
 def _can_rotate(x: Any, cos: Tensor, sin: Tensor) -> bool:
     if (
         type(x) is not Tensor
         or x.dim() != 4
         or cos.dim() != 3
         or cos.shape != sin.shape
-        or not _are_plain(x, cos, sin)
+        or not are_plain(x, cos, sin)
+        or not have_rows(x, cos, sin)
     ):
         return False
     batch, heads, tokens, depth = x.shape
@@ -95,7 +70,7 @@ def _rotates(function: Any) -> bool:
     """Whether a function turns q and k as ours does, to the bit, in every dtype."""
     if not inspect.isfunction(function):
         return False
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         steps = torch.arange(2 * 4 * 16, device="cpu").float()
         q, k = torch.cos(steps).view(2, 4, 1, 16).to(dtype), torch.sin(steps[:64]).view(2, 2, 1, 16).to(dtype)
         cos, sin = (f(steps[:32] / 7).view(2, 1, 16).to(dtype) for f in (torch.cos, torch.sin))
@@ -148,7 +123,8 @@ def _can_attend(module: Any, query: Any, key: Any, value: Any) -> bool:
         type(query) is not Tensor
         or query.dim() != 4
         or query.shape[2] != 1
-        or not _are_plain(query, key, value)
+        or not are_plain(query, key, value)
+        or not have_rows(query, key, value)
     ):
         return False
     if key.dim() != 4 or key.shape != value.shape:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from halfbyte import _C
-from halfbyte.torch.nn.linear4bit import runs_eagerly
+from halfbyte.torch.nn.plain import are_plain
 
 __all__ = ["Linear", "use_dense_kernels"]
 
@@ -23,11 +24,6 @@ _ROWS = {
     for name in ("float32", "bfloat16", "float16")
     if (rows := _C.linear_dense_rows(name)) > 0
 }
-
-_function_modes = torch._C._len_torch_function_stack
-_is_grad_enabled = torch.is_grad_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
-_strided = torch.strided
 
 
 class Linear(nn.Linear):
@@ -50,23 +46,12 @@ class Linear(nn.Linear):
     @torch.jit.unused
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """The product, or None where torch has to form it."""
-        if not runs_eagerly(x):
+        if is_compiling():
             return None
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
+        if type(weight) is not nn.Parameter or weight.dtype not in _ROWS:
             return None
-        dtype = weight.dtype
-        if dtype not in _ROWS or x.dtype is not dtype or not (x.is_cpu and weight.is_cpu):
-            return None
-        if bias is not None and not (bias.dtype is dtype and bias.is_cpu):
-            return None
-        if _is_grad_enabled() and (
-            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            return None
-        if _function_modes() or _is_autocast_enabled("cpu") or x.is_nested:
-            return None
-        if x.layout is not _strided or weight.layout is not _strided:
+        if not (are_plain(x, weight) if bias is None else are_plain(x, weight, bias)):
             return None
         return _C.linear_dense_few(x, weight, bias)
 

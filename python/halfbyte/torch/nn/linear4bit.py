@@ -21,29 +21,12 @@ from halfbyte.torch._library import autocast_dtype
 from halfbyte.torch.eager_4bit import EagerLinear4bit, nested_operands
 from halfbyte.torch.functional import linear_4bit
 from halfbyte.torch.nn.params4bit import Params4bit, repair_quant_state
+from halfbyte.torch.nn.plain import runs_eagerly
 from halfbyte.torch.nn.saving import Saves4bit
 from halfbyte.torch.ops_4bit import linear_4bit_cuda, natural_compute
 from halfbyte.torch.quant_state import QuantState
 
 logger = logging.getLogger(__name__)
-
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
-_transforms = torch._C._functorch.peek_interpreter_stack
-
-
-def runs_eagerly(x: Tensor) -> bool:
-    """Whether x is a plain CPU or CUDA tensor and nobody watches: no compiler, tracer, dispatch mode, transform of
-    `torch.func` or forward differentiation, whose tensors are plain ones by their type."""
-    return (
-        not is_compiling()
-        and type(x) is Tensor
-        and (x.is_cpu or x.is_cuda)
-        and not _dispatch_modes()
-        and _tracing_state() is None
-        and _transforms() is None
-        and forward_ad._current_level < 0
-    )
 
 
 def refuse_tangent(layer: str, x: Tensor) -> None:

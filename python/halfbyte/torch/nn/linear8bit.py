@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from halfbyte import _C
 from halfbyte.torch.matmul import MatmulLtState, autocast, matmul
 from halfbyte.torch.nn.int8params import Int8Params
-from halfbyte.torch.nn.linear4bit import cast_bias, refuse_tangent, runs_eagerly
+from halfbyte.torch.nn.linear4bit import cast_bias, refuse_tangent
+from halfbyte.torch.nn.plain import runs_eagerly
 from halfbyte.torch.ops_8bit import linear_8bit_cuda
 
 # How old files named the layout of the codes; only row-major is still written, or read.
