@@ -193,8 +193,9 @@ INLINE void load_8_scales(const hb_matrix4 *w, int64_t first, int64_t n_rows, in
         const float *even = w->absmax + present_row(first + 2 * i, n_rows) * w->absmax_stride;
         const float *odd = w->absmax + present_row(first + 2 * i + 1, n_rows) * w->absmax_stride;
         if (two)
-            part[i] = _mm_loadh_pd(_mm_load_sd((const double *)(even + block)),
-                                   (const double *)(odd + block));
+            part[i] =
+                _mm_castsi128_pd(_mm_unpacklo_epi64(_mm_loadl_epi64((const void *)(even + block)),
+                                                    _mm_loadl_epi64((const void *)(odd + block))));
         else
             part[i] =
                 _mm_castps_pd(_mm_movelh_ps(_mm_load_ss(even + block), _mm_load_ss(odd + block)));
