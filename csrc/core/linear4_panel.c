@@ -69,10 +69,6 @@ typedef struct {
 static upcoming panel_to_come(const hb_product4 *p, int64_t out, int64_t step)
 {
     const hb_linear4_set *set = p->set;
-    if (step >= p->steps) {
-        step = 0;
-        out += set->tile_cols;
-    }
     if (p->share || p->blocksize == 0 || out >= p->outputs) return (upcoming){0};
     const int64_t n_out = hb_least(set->tile_cols, p->outputs - out);
     const int64_t n_steps = hb_least(set->panel_steps, p->steps - step);
@@ -99,44 +95,65 @@ static void prefetch_rows(upcoming *panel, int64_t n)
     }
 }
 
-static void multiply_panel(const hb_product4 *p, int64_t out, int64_t tile_begin, int64_t tile_end,
-                           unsigned char *scratch)
+// A panel of outputs [out, ..) and its steps [step, ..), times tiles of x.
+static void multiply_panel(const hb_product4 *p, int64_t out, int64_t step, int64_t tile_begin,
+                           int64_t tile_end, const unsigned char *panel, upcoming next, float *sums)
+{
+    const hb_linear4_set *set = p->set;
+    const int64_t n_out = hb_least(set->tile_cols, p->outputs - out);
+    const int64_t n_steps = hb_least(set->panel_steps, p->steps - step);
+    const int64_t rows_a_tile = hb_ceil_div(next.n_rows, tile_end - tile_begin);
+    if (set->begin != NULL) set->begin();
+    for (int64_t t = tile_begin; t < tile_end; t++, sums += set->tile_rows * set->tile_cols) {
+        const int n_x = (int)hb_least(set->tile_rows, p->m_count - t * set->tile_rows);
+        const unsigned char *packed =
+            p->packed + t * p->packed_stride + hb_linear4_tile_bytes(set, step);
+        prefetch_rows(&next, rows_a_tile);
+        set->tile(packed, panel, n_steps, n_x, step > 0, sums);
+        // At once, while the sums are in L1: the lines of y are far apart and seldom in a cache,
+        // and the next tile takes long enough to wait for them.
+        if (step + n_steps == p->steps) store_tile(p, out, n_out, t, sums);
+    }
+    if (set->end != NULL) set->end();
+}
+
+// A group of outputs: all its panels of some steps before the next steps, so that these steps of x
+// come from the L2 cache after the first panel, whatever all of x takes.
+static void multiply_group(const hb_product4 *p, int64_t out_begin, int64_t out_end,
+                           int64_t tile_begin, int64_t tile_end, unsigned char *scratch)
 {
     const hb_linear4_set *set = p->set;
     const int64_t cols = set->tile_cols;
+    const int64_t group_sums = (tile_end - tile_begin) * set->tile_rows * cols;
     float *const all_sums = (float *)(scratch + p->sums_at);
     float *scales = p->all_scales != NULL ? p->all_scales : (float *)(scratch + p->scales_at);
-    int64_t n_out = hb_least(cols, p->outputs - out);
-    int64_t tile_sums = set->tile_rows * cols;
+    // Forward, expanded scales have a row for each output.
+    const bool own_scales = !p->share && p->expand && !p->backward && p->blocksize > 0;
+    const int64_t scales_stride = own_scales ? p->w->depth / p->blocksize : 0;
 
-    if (!p->share && p->expand && !p->backward && p->blocksize > 0)
-        hb_product4_expand_scales(p, out, n_out, scales);
+    if (own_scales) hb_product4_expand_scales(p, out_begin, out_end - out_begin, scales);
     if (p->steps == 0) {
-        memset(all_sums, 0, (size_t)tile_sums * sizeof(float));
-        for (int64_t t = tile_begin; t < tile_end; t++) store_tile(p, out, n_out, t, all_sums);
+        memset(all_sums, 0, (size_t)(set->tile_rows * cols) * sizeof(float));
+        for (int64_t out = out_begin; out < out_end; out += cols)
+            for (int64_t t = tile_begin; t < tile_end; t++)
+                store_tile(p, out, hb_least(cols, p->outputs - out), t, all_sums);
     }
     for (int64_t step = 0; step < p->steps; step += set->panel_steps) {
-        int64_t n_steps = hb_least(set->panel_steps, p->steps - step);
-        const unsigned char *panel = scratch;
-        if (p->share)
-            panel = shared_panel(p, out, step);
-        else
-            hb_product4_decode_panel(p, out, n_out, step, n_steps, scales, 0, scratch);
-        if (set->begin != NULL) set->begin();
-        upcoming next = panel_to_come(p, out, step + n_steps);
-        const int64_t rows_a_tile = hb_ceil_div(next.n_rows, tile_end - tile_begin);
+        const int64_t n_steps = hb_least(set->panel_steps, p->steps - step);
         float *sums = all_sums;
-        for (int64_t t = tile_begin; t < tile_end; t++, sums += tile_sums) {
-            int n_x = (int)hb_least(set->tile_rows, p->m_count - t * set->tile_rows);
-            const unsigned char *packed =
-                p->packed + t * p->packed_stride + hb_linear4_tile_bytes(set, step);
-            prefetch_rows(&next, rows_a_tile);
-            set->tile(packed, panel, n_steps, n_x, step > 0, sums);
-            // At once, while the sums are in L1: the lines of y are far apart and seldom in a
-            // cache, and the next tile takes long enough to wait for them.
-            if (step + n_steps == p->steps) store_tile(p, out, n_out, t, sums);
+        for (int64_t out = out_begin; out < out_end; out += cols, sums += group_sums) {
+            const unsigned char *panel = scratch;
+            if (p->share)
+                panel = shared_panel(p, out, step);
+            else
+                hb_product4_decode_panel(p, out, hb_least(cols, p->outputs - out), step, n_steps,
+                                         scales + (out - out_begin) * scales_stride, 0, scratch);
+            const upcoming next = out + cols < out_end ? panel_to_come(p, out + cols, step)
+                                  : step + n_steps < p->steps
+                                      ? panel_to_come(p, out_begin, step + n_steps)
+                                      : panel_to_come(p, out_end, 0);
+            multiply_panel(p, out, step, tile_begin, tile_end, panel, next, sums);
         }
-        if (set->end != NULL) set->end();
     }
 }
 
@@ -151,8 +168,7 @@ void hb_product4_panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
         int64_t tile_begin = chunk % p->m_chunks * p->tiles_per_chunk;
         int64_t tile_end = hb_least(tile_begin + p->tiles_per_chunk, n_tiles);
         if (tile_begin >= tile_end) continue; // a shorter last pass
-        for (int64_t out = out_begin; out < out_end; out += p->set->tile_cols)
-            multiply_panel(p, out, tile_begin, tile_end, scratch);
+        multiply_group(p, out_begin, out_end, tile_begin, tile_end, scratch);
     }
 }
 

@@ -7,12 +7,15 @@
 #include <inttypes.h>
 
 enum {
-    PACKED_BYTES = 8 << 20, // most that packed x takes, if one tile fits
-    PASS_ROW_BYTES = 1024,  // of a column of x in a pass: 512 rows of bfloat16, 256 of float32
-    PASS_BYTES = 512 << 10, // or more, while their packed form has this size: half an L2 cache
-    SHARED_BYTES = 4 << 20, // most that shared panels take
-    STACK_BYTES = 8 << 10,  // scratch up to this size is not allocated
-    SERIAL_BYTES = 1 << 19, // work (bytes of weights, weighted with rows of x) worth a thread
+    PACKED_BYTES = 8 << 20,      // most that packed x takes, if one tile fits
+    PASS_ROW_BYTES = 1024,       // of a column of x in a pass: 512 rows of bfloat16, 256 of float32
+    PASS_BYTES = 512 << 10,      // or more, while their packed form has this size: half an L2 cache
+    SHARED_BYTES = 4 << 20,      // most that shared panels take
+    STACK_BYTES = 8 << 10,       // scratch up to this size is not allocated
+    GROUP_OUTPUTS = 64,          // of the panels of a chunk: a power of two; backward twice as many
+    GROUP_SUMS_BYTES = 72 << 10, // most that their sums take beside x in an L2 cache
+    GROUPS_A_LANE = 16,          // chunks of panels that keep all lanes busy to the end
+    SERIAL_BYTES = 1 << 19,      // work (bytes of weights, weighted with rows of x) worth a thread
 };
 
 // ---- plan -------------------------------------------------------------------------------------
@@ -70,13 +73,25 @@ static int64_t panel_scales(const hb_product4 *p)
     if (!p->expand) return 0;
     const int64_t a_row = p->w->depth / p->blocksize;
     if (p->backward) return p->share ? HB_LINEAR4_SHARED_STEPS * a_row : 0;
-    return p->set->tile_cols * a_row;
+    return p->group * a_row;
 }
 
-// Backward, two panels share each cache line of W: unless shared, they stay on one thread.
+// Outputs of a chunk at least: backward, two panels share each cache line of W, which should stay
+// on one thread.
+static int64_t least_group(const hb_product4 *p)
+{
+    return p->backward ? 2 * p->set->tile_cols : p->set->tile_cols;
+}
+
+// The same where there are outputs enough for all lanes: more panels for the steps of x that lie in
+// the L2 cache, and backward what a cache line of W has.
 static int64_t panel_group(const hb_product4 *p)
 {
-    return p->backward && !p->share ? 2 * p->set->tile_cols : p->set->tile_cols;
+    int64_t group = hb_most(p->backward ? 2 * GROUP_OUTPUTS : GROUP_OUTPUTS, least_group(p));
+    while (group > least_group(p) && (p->outputs / group < GROUPS_A_LANE * p->n_lanes ||
+                                      p->pass_rows * group * 4 > GROUP_SUMS_BYTES))
+        group /= 2;
+    return group;
 }
 
 static void plan_panels(hb_product4 *p)
@@ -92,16 +107,16 @@ static void plan_panels(hb_product4 *p)
     // Few outputs: split the rows of x too, into at least 4 chunks a lane if they are there.
     const int64_t panels = hb_ceil_div(p->outputs, set->tile_cols);
     const bool few_outputs =
-        !p->serial && tiles > 1 && hb_ceil_div(p->outputs, panel_group(p)) < 4 * p->n_lanes;
+        !p->serial && tiles > 1 && hb_ceil_div(p->outputs, least_group(p)) < 4 * p->n_lanes;
     p->shared_stride = hb_linear4_panel_bytes(set, p->steps);
     p->share = p->blocksize > 0 && few_outputs && p->shared_stride <= SHARED_BYTES / panels;
-    p->group = panel_group(p);
+    p->group = p->share ? set->tile_cols : panel_group(p);
     const int64_t groups = hb_ceil_div(p->outputs, p->group);
     const int64_t m_chunks = hb_least(tiles, hb_ceil_div(p->serial ? 1 : 4 * p->n_lanes, groups));
     p->tiles_per_chunk = hb_ceil_div(tiles, m_chunks);
     p->m_chunks = hb_ceil_div(tiles, p->tiles_per_chunk);
     p->sums_at = hb_linear4_panel_bytes(set, set->panel_steps);
-    p->lane_sums = p->tiles_per_chunk * set->tile_rows * set->tile_cols;
+    p->lane_sums = p->tiles_per_chunk * set->tile_rows * p->group;
     p->lane_scales = panel_scales(p);
 }
 

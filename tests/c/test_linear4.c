@@ -621,6 +621,16 @@ CHECK_GROUP(linear4_op)
                                        .backward = true});
         check_op(c,
                  &(op_case){.m = 300, .rows = 64, .depth = 128, .blocksize = 64, .backward = true});
+        // Groups of panels, larger ones on fewer threads, the last of them not full; blocks that
+        // straddle rows, and nested scales: a row of expanded scales for each output of a group.
+        for (int i = 0; i < 8; i++)
+            check_op(c, &(op_case){.m = 17,
+                                   .rows = i % 2 ? 520 : 1096,
+                                   .depth = i % 2 ? 2080 : 544,
+                                   .blocksize = i & 2 ? 64 : 32,
+                                   .nested = i >= 6,
+                                   .bf16 = i & 4,
+                                   .backward = i % 2});
     }
 }
 

@@ -362,15 +362,18 @@ INLINE void decode_8_rows(const hb_matrix4 *w, int64_t first, int64_t n_rows, in
 {
     const uint8_t *packed[8];
     const int shift = __builtin_ctzll((unsigned long long)w->blocksize);
-    for (int r = 0; r < 8; r++)
-        packed[r] = w->packed + (first + (r < n_rows ? r : 0)) * w->row_bytes;
+    const float *absmax[8];
+    for (int r = 0; r < 8; r++) {
+        const int64_t row = first + (r < n_rows ? r : 0);
+        packed[r] = w->packed + row * w->row_bytes;
+        absmax[r] = w->absmax + row * w->absmax_stride;
+    }
     __m256 scale = _mm256_setzero_ps();
     for (int64_t k = 0; k < depth; k += 32) {
         if ((k & (w->blocksize - 1)) == 0) {
-            _Alignas(32) float scales[8] = {0};
-            for (int r = 0; r < 8 && r < n_rows; r++)
-                scales[r] = w->absmax[(first + r) * w->absmax_stride + (k >> shift)];
-            scale = _mm256_load_ps(scales);
+            const int64_t i = k >> shift;
+            scale = _mm256_setr_ps(absmax[0][i], absmax[1][i], absmax[2][i], absmax[3][i],
+                                   absmax[4][i], absmax[5][i], absmax[6][i], absmax[7][i]);
             if (bf16) scale = sane_scale(scale);
         }
         __m256i v[4], codes[4];
@@ -413,7 +416,7 @@ INLINE void decode_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, cons
 }
 
 // 16 columns of 4 rows, given their 8 bytes each; `present` rows are stored.
-INLINE void decode_4_rows(const uint8_t *const *packed, const float *scale, int64_t present,
+INLINE void decode_4_rows(const uint8_t *const *packed, const float *const *absmax, int64_t present,
                           const book *b, const bool bf16, float *panel)
 {
     __m128i pair[2];
@@ -427,7 +430,7 @@ INLINE void decode_4_rows(const uint8_t *const *packed, const float *scale, int6
         __m256 value[4];
         look_up_f32(b, nibbles(bytes, n), value);
         for (int q = 0; q < 4 && q < present; q++) {
-            __m256 factor = _mm256_set1_ps(scale[q]);
+            __m256 factor = _mm256_broadcast_ss(absmax[q]);
             __m256 weight = _mm256_mul_ps(value[q], bf16 ? sane_scale(factor) : factor);
             if (bf16) weight = rounded_weight(weight);
             _mm256_store_ps(panel + q * TILE_COLS + n * LANES, weight);
@@ -443,19 +446,26 @@ INLINE void decode_cols(const hb_matrix4 *w, int64_t n_rows, int64_t n_cols, con
         memset(panel, 0, (size_t)(n_rows * TILE_COLS) * sizeof *panel);
         return;
     }
-    for (int64_t r = 0; r < n_rows; r += 4) {
-        const uint8_t *packed[4];
-        float scale[4];
+    const uint8_t *packed[4];
+    const float *absmax[4];
+    int64_t r = 0;
+    for (; r + 4 <= n_rows; r += 4) {
         for (int64_t q = 0; q < 4; q++) {
-            int64_t row = r + q < n_rows ? r + q : r;
-            packed[q] = w->packed + row * w->row_bytes;
-            scale[q] = w->absmax[row * w->absmax_stride];
-            _mm_prefetch((const char *)packed[q] + 16 * w->row_bytes, _MM_HINT_T0);
+            packed[q] = w->packed + (r + q) * w->row_bytes;
+            absmax[q] = w->absmax + (r + q) * w->absmax_stride;
+            // Not farther ahead: where rows are a power of two apart their lines share two sets of
+            // the L1 cache.
+            _mm_prefetch((const char *)packed[q] + 4 * w->row_bytes, _MM_HINT_T0);
         }
-        if (r + 4 <= n_rows)
-            decode_4_rows(packed, scale, 4, &b, bf16, panel + r * TILE_COLS);
-        else
-            decode_4_rows(packed, scale, n_rows - r, &b, bf16, panel + r * TILE_COLS);
+        decode_4_rows(packed, absmax, 4, &b, bf16, panel + r * TILE_COLS);
+    }
+    if (r < n_rows) {
+        for (int64_t q = 0; q < 4; q++) {
+            const int64_t row = r + q < n_rows ? r + q : r;
+            packed[q] = w->packed + row * w->row_bytes;
+            absmax[q] = w->absmax + row * w->absmax_stride;
+        }
+        decode_4_rows(packed, absmax, n_rows - r, &b, bf16, panel + r * TILE_COLS);
     }
 }
 
