@@ -5,7 +5,7 @@
 // absmax are rounded once per block and then looked up: float32 in two halves chosen by bit 3,
 // 16-bit results in a plane of low and one of high bytes. Accuracy: bit-equal to the reference.
 #include "cpu/avx2/io.h"
-#include "cpu/quantize4.h"
+#include "cpu/codec4_entries.h"
 
 typedef struct {
     __m256 level0, level1, level2, level3; // thresholds 7; 3 11; 1 5 9 13; 0 2 ... 14
@@ -269,33 +269,10 @@ static inline int64_t search(const float *x, const float *weight, int64_t n, hb_
     return best;
 }
 
-int64_t hb_code4_search_avx2(const float *x, const float *weight, int64_t n, hb_format4 format,
-                             const float *candidates, int64_t count)
-{
-    if (format == HB_FP4) return search(x, weight, n, format, candidates, count, true);
-    return search(x, weight, n, format, candidates, count, false);
-}
-
-#define CODEC4(io, dtype)                                                                          \
-    void hb_absmax_##io##_avx2(const void *x, int64_t n, int64_t blocksize, float *absmax)         \
-    {                                                                                              \
-        absmax_blocks(x, n, blocksize, absmax, dtype);                                             \
-    }                                                                                              \
-    void hb_code4_encode_##io##_avx2(const void *x, int64_t n, hb_format4 format,                  \
-                                     int64_t blocksize, const float *absmax, uint8_t *packed)      \
-    {                                                                                              \
-        if (format == HB_FP4)                                                                      \
-            encode_blocks(x, n, format, blocksize, absmax, packed, dtype, true);                   \
-        else                                                                                       \
-            encode_blocks(x, n, format, blocksize, absmax, packed, dtype, false);                  \
-    }                                                                                              \
-    void hb_code4_decode_##io##_avx2(const uint8_t *packed, int64_t start, int64_t n,              \
-                                     hb_format4 format, int64_t blocksize, const float *absmax,    \
-                                     void *out, bool stream)                                       \
-    {                                                                                              \
-        decode_range(packed, start, n, format, blocksize, absmax, out, stream, dtype);             \
-    }                                                                                              \
-    HB_QUANTIZE4(io, dtype, avx2)
-CODEC4(f32, HB_F32)
-CODEC4(bf16, HB_BF16)
-CODEC4(f16, HB_F16)
+HB_SEARCH4(avx2)
+HB_CODEC4(f32, HB_F32, avx2)
+HB_QUANTIZE4(f32, HB_F32, avx2)
+HB_CODEC4(bf16, HB_BF16, avx2)
+HB_QUANTIZE4(bf16, HB_BF16, avx2)
+HB_CODEC4(f16, HB_F16, avx2)
+HB_QUANTIZE4(f16, HB_F16, avx2)

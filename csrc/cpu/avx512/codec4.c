@@ -7,6 +7,7 @@
 // the sixteen products value * absmax are rounded once per block and then looked up. Accuracy:
 // bit-equal to the reference.
 #include "cpu/avx512/io.h"
+#include "cpu/codec4_entries.h"
 
 typedef struct {
     __m512 edge_lo, edge_hi;  // the threshold in each of 32 bins, +inf where there is none
@@ -351,32 +352,7 @@ static inline int64_t search(const float *x, const float *weight, int64_t n, hb_
     return best;
 }
 
-int64_t hb_code4_search_avx512(const float *x, const float *weight, int64_t n, hb_format4 format,
-                               const float *candidates, int64_t count)
-{
-    if (format == HB_FP4) return search(x, weight, n, format, candidates, count, true);
-    return search(x, weight, n, format, candidates, count, false);
-}
-
-#define CODEC4(io, dtype)                                                                          \
-    void hb_absmax_##io##_avx512(const void *x, int64_t n, int64_t blocksize, float *absmax)       \
-    {                                                                                              \
-        absmax_blocks(x, n, blocksize, absmax, dtype);                                             \
-    }                                                                                              \
-    void hb_code4_encode_##io##_avx512(const void *x, int64_t n, hb_format4 format,                \
-                                       int64_t blocksize, const float *absmax, uint8_t *packed)    \
-    {                                                                                              \
-        if (format == HB_FP4)                                                                      \
-            encode_blocks(x, n, format, blocksize, absmax, packed, dtype, true);                   \
-        else                                                                                       \
-            encode_blocks(x, n, format, blocksize, absmax, packed, dtype, false);                  \
-    }                                                                                              \
-    void hb_code4_decode_##io##_avx512(const uint8_t *packed, int64_t start, int64_t n,            \
-                                       hb_format4 format, int64_t blocksize, const float *absmax,  \
-                                       void *out, bool stream)                                     \
-    {                                                                                              \
-        decode_range(packed, start, n, format, blocksize, absmax, out, stream, dtype);             \
-    }
-CODEC4(f32, HB_F32)
-CODEC4(bf16, HB_BF16)
-CODEC4(f16, HB_F16)
+HB_SEARCH4(avx512)
+HB_CODEC4(f32, HB_F32, avx512)
+HB_CODEC4(bf16, HB_BF16, avx512)
+HB_CODEC4(f16, HB_F16, avx512)

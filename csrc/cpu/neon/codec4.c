@@ -5,7 +5,7 @@
 // are rounded once per block, split into planes of equal bytes, looked up plane by plane, and
 // stored interleaved. Accuracy: bit-equal to the reference.
 #include "cpu/neon/io.h"
-#include "cpu/quantize4.h"
+#include "cpu/codec4_entries.h"
 
 typedef struct {
     float32x4_t level0;               // threshold 7
@@ -137,8 +137,10 @@ static inline void decode_unit(uint8x16_t packed, uint8x16x4_t plane, uint8_t *o
 }
 
 static inline void decode_range(const uint8_t *packed, int64_t start, int64_t n, hb_format4 format,
-                                int64_t blocksize, const float *absmax, void *out, hb_dtype io)
+                                int64_t blocksize, const float *absmax, void *out, bool stream,
+                                hb_dtype io)
 {
+    (void)stream; // there is no faster way to store
     const hb_codebook4 *book = hb_codebook4_get(format);
     const int64_t bytes = (int64_t)hb_dtype_bytes(io);
     const int64_t end = start + n;
@@ -214,34 +216,10 @@ static inline int64_t search(const float *x, const float *weight, int64_t n, hb_
     return best;
 }
 
-int64_t hb_code4_search_neon(const float *x, const float *weight, int64_t n, hb_format4 format,
-                             const float *candidates, int64_t count)
-{
-    if (format == HB_FP4) return search(x, weight, n, format, candidates, count, true);
-    return search(x, weight, n, format, candidates, count, false);
-}
-
-#define CODEC4(io, dtype)                                                                          \
-    void hb_absmax_##io##_neon(const void *x, int64_t n, int64_t blocksize, float *absmax)         \
-    {                                                                                              \
-        absmax_blocks(x, n, blocksize, absmax, dtype);                                             \
-    }                                                                                              \
-    void hb_code4_encode_##io##_neon(const void *x, int64_t n, hb_format4 format,                  \
-                                     int64_t blocksize, const float *absmax, uint8_t *packed)      \
-    {                                                                                              \
-        if (format == HB_FP4)                                                                      \
-            encode_blocks(x, n, format, blocksize, absmax, packed, dtype, true);                   \
-        else                                                                                       \
-            encode_blocks(x, n, format, blocksize, absmax, packed, dtype, false);                  \
-    }                                                                                              \
-    void hb_code4_decode_##io##_neon(const uint8_t *packed, int64_t start, int64_t n,              \
-                                     hb_format4 format, int64_t blocksize, const float *absmax,    \
-                                     void *out, bool stream)                                       \
-    {                                                                                              \
-        (void)stream;                                                                              \
-        decode_range(packed, start, n, format, blocksize, absmax, out, dtype);                     \
-    }                                                                                              \
-    HB_QUANTIZE4(io, dtype, neon)
-CODEC4(f32, HB_F32)
-CODEC4(bf16, HB_BF16)
-CODEC4(f16, HB_F16)
+HB_SEARCH4(neon)
+HB_CODEC4(f32, HB_F32, neon)
+HB_QUANTIZE4(f32, HB_F32, neon)
+HB_CODEC4(bf16, HB_BF16, neon)
+HB_QUANTIZE4(bf16, HB_BF16, neon)
+HB_CODEC4(f16, HB_F16, neon)
+HB_QUANTIZE4(f16, HB_F16, neon)

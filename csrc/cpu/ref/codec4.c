@@ -11,7 +11,7 @@
 // are those of bitsandbytes' CUDA kernels with IEEE arithmetic instead of fast-math.
 // Accuracy: exact; every other ISA gives the same bits.
 #include "core/kernels.h"
-#include "cpu/quantize4.h"
+#include "cpu/codec4_entries.h"
 
 static void absmax_blocks(const void *x, int64_t n, int64_t blocksize, float *absmax, hb_dtype io)
 {
