@@ -120,10 +120,11 @@ static void plan_panels(hb_product4 *p)
     p->lane_scales = panel_scales(p);
 }
 
-static void plan(hb_product4 *p)
+// `numel`: elements of the weights that are multiplied in one loop.
+static void plan(hb_product4 *p, int64_t numel)
 {
     const int64_t rows = p->x.rows;
-    p->serial = p->w->numel / 2 * (1 + rows / 2) < SERIAL_BYTES;
+    p->serial = numel / 2 * (1 + rows / 2) < SERIAL_BYTES;
     p->n_lanes = p->serial ? 1 : hb_pool_threads(p->context->pool);
     const bool plain = p->blocksize > 0 && p->steps > 0;
     if (plain && !p->backward && rows <= p->set->dot_until)
@@ -167,6 +168,7 @@ static hb_status open_scratch(hb_product4 *p, const hb_view *bias, hb_scratch *s
     p->gathered = gather ? memory + gathered_at : NULL;
     p->all_scales = all_scales ? (float *)(memory + scales_at) : NULL;
     p->lanes = memory + lanes_at;
+    p->y_regular = hb_matrix_rows_are_regular(&p->y, 0, rows, &p->y_stride);
     if (bias != NULL) p->bias = bias->data;
     if (copy_bias) {
         hb_matrix_copy_bias(bias, (float *)(memory + bias_at));
@@ -190,8 +192,7 @@ static hb_status run(hb_product4 *p, const hb_view *bias, const char *function, 
 {
     const int64_t rows = p->x.rows;
     if (rows == 0 || p->outputs == 0) return HB_OK;
-    plan(p);
-    p->y_regular = hb_matrix_rows_are_regular(&p->y, 0, rows, &p->y_stride);
+    plan(p, p->w->numel);
     _Alignas(64) unsigned char stack[STACK_BYTES];
     hb_scratch scratch = {0};
     hb_status status = open_scratch(p, bias, &scratch, stack, function, error);
@@ -209,6 +210,69 @@ static hb_status run(hb_product4 *p, const hb_view *bias, const char *function, 
         run_chunks(p, p->serial, p->n_groups * p->m_chunks, p->multiply);
     }
     hb_scratch_close(&scratch);
+    return status;
+}
+
+// ---- several weights, one x -------------------------------------------------------------------
+
+typedef struct {
+    hb_product4 *products;
+    int n;
+} product_group;
+
+static void group_chunks(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const product_group *group = arg;
+    for (int i = 0; i < group->n; i++) {
+        hb_product4 *p = &group->products[i];
+        const int64_t from = hb_most(begin, 0), to = hb_least(end, p->n_groups);
+        if (from < to) p->multiply(p, from, to, lane);
+        begin -= p->n_groups;
+        end -= p->n_groups;
+    }
+}
+
+// Plans the products for one loop. False where they are not all few rows of the same permuted x.
+static bool plan_group(const product_group *group)
+{
+    int64_t numel = 0;
+    for (int i = 0; i < group->n; i++) numel += group->products[i].w->numel;
+    for (int i = 0; i < group->n; i++) {
+        hb_product4 *p = &group->products[i];
+        if (p->x.rows == 0 || p->outputs == 0 || p->set != group->products[0].set) return false;
+        plan(p, numel);
+        if (p->multiply != hb_product4_dot_chunks) return false;
+    }
+    return true;
+}
+
+static hb_status run_group(const product_group *group, const hb_linear4_item *items,
+                           const char *function, hb_error *error)
+{
+    _Alignas(64) unsigned char stack[HB_LINEAR4_MAX_ITEMS][STACK_BYTES];
+    hb_scratch scratch[HB_LINEAR4_MAX_ITEMS] = {{0}};
+    hb_product4 *first = &group->products[0];
+    hb_status status = HB_OK;
+    int64_t chunks = 0;
+    int lanes = first->n_lanes; // the pool may have been resized between two plans
+    for (int i = 0; i < group->n && status == HB_OK; i++) {
+        hb_product4 *p = &group->products[i];
+        status = open_scratch(p, items[i].bias, &scratch[i], stack[i], function, error);
+        p->m_count = p->x.rows;
+        chunks += p->n_groups;
+        if (p->n_lanes < lanes) lanes = p->n_lanes;
+    }
+    if (status == HB_OK) {
+        const bool small = first->serial || first->m_count * first->steps < (1 << 16);
+        run_chunks(first, small, first->m_count, first->bring_x);
+        for (int i = 1; i < group->n; i++) group->products[i].packed = first->packed;
+        if (first->serial || chunks <= 1)
+            group_chunks((void *)(uintptr_t)group, 0, chunks, 0);
+        else
+            hb_parallel_for_lanes(first->context->pool, lanes, chunks, group_chunks,
+                                  (void *)(uintptr_t)group);
+    }
+    for (int i = 0; i < group->n; i++) hb_scratch_close(&scratch[i]);
     return status;
 }
 
@@ -235,15 +299,16 @@ static hb_status check_weight(const hb_tensor4 *w, const char *function, hb_erro
     return HB_OK;
 }
 
-// An integer set has no backward products and no decoding of single elements, and where it has no
-// panels (or the blocks are too small for them) more rows of x than dot takes: all exact instead.
+// An integer set has no backward products, no decoding of single elements and no sums of nothing
+// (those are the panels'), and where it has no panels (or the blocks are too small for them) more
+// rows of x than dot takes: all exact instead.
 static void choose_set(hb_product4 *p, hb_compute compute)
 {
     const hb_kernels_linear4 *sets = &p->context->kernels.linear4;
     p->bf16 = compute == HB_COMPUTE_BF16;
     p->set = p->bf16 ? &sets->bf16 : &sets->f32;
-    if ((compute != HB_COMPUTE_I16 && compute != HB_COMPUTE_I8) || p->backward || p->blocksize == 0)
-        return;
+    if (compute != HB_COMPUTE_I16 && compute != HB_COMPUTE_I8) return;
+    if (p->backward || p->blocksize == 0 || p->steps == 0) return;
     const bool wide = compute == HB_COMPUTE_I16;
     const hb_linear4_set *set = wide ? &sets->i16 : &sets->i8;
     if (p->x.rows > set->dot_until && (set->tile == NULL || p->blocksize < HB_LINEAR4_INT_STEPS))
@@ -281,21 +346,50 @@ static hb_status check_compute(hb_compute compute, const hb_view *x, const char 
     return HB_OK;
 }
 
+static hb_status check_forward(const hb_view *x, const hb_tensor4 *w, const hb_view *bias,
+                               hb_compute compute, const hb_view *y, const char *function,
+                               hb_error *error)
+{
+    HB_TRY(check_weight(w, function, error));
+    HB_TRY(hb_matrix_check_views(x, w->depth, "x", "depth", y, w->rows, "y", "columns", function,
+                                 error));
+    if (bias != NULL) HB_TRY(hb_matrix_check_bias(bias, w->rows, function, error));
+    return check_compute(compute, x, function, error);
+}
+
 hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4 *w,
                          const hb_view *bias, hb_compute compute, const hb_view *y, void *workspace,
                          hb_error *error)
 {
     static const char function[] = "linear_4bit";
-    HB_TRY(check_weight(w, function, error));
-    HB_TRY(hb_matrix_check_views(x, w->depth, "x", "depth", y, w->rows, "y", "columns", function,
-                                 error));
-    if (bias != NULL) HB_TRY(hb_matrix_check_bias(bias, w->rows, function, error));
-    HB_TRY(check_compute(compute, x, function, error));
+    HB_TRY(check_forward(x, w, bias, compute, y, function, error));
     if (x->device.type == HB_CUDA)
         return hb_linear_4bit_cuda(function, x, w, bias, false, y, workspace, error);
     hb_product4 p = {.backward = false};
     prepare(&p, context, w, compute, x, y);
     return run(&p, bias, function, error);
+}
+
+hb_status hb_linear_4bit_group(hb_context *context, const hb_view *x, int n,
+                               const hb_linear4_item *items, hb_compute compute, hb_error *error)
+{
+    static const char function[] = "linear_4bit_group";
+    hb_product4 products[HB_LINEAR4_MAX_ITEMS];
+    HB_CHECK(error, n > 0 && n <= HB_LINEAR4_MAX_ITEMS, HB_ERR_VALUE,
+             "%s: weights, expected 1 to %d, got %d", function, HB_LINEAR4_MAX_ITEMS, n);
+    HB_CHECK(error, x->device.type == HB_CPU, HB_ERR_DEVICE,
+             "%s: x, expected memory of the CPU, got CUDA", function);
+    for (int i = 0; i < n; i++) {
+        HB_TRY(check_forward(x, items[i].w, items[i].bias, compute, items[i].y, function, error));
+        products[i] = (hb_product4){.backward = false};
+        prepare(&products[i], context, items[i].w, compute, x, items[i].y);
+    }
+    const product_group group = {products, n};
+    if (plan_group(&group)) return run_group(&group, items, function, error);
+    for (int i = 0; i < n; i++)
+        HB_TRY(hb_linear_4bit(context, x, items[i].w, items[i].bias, compute, items[i].y, NULL,
+                              error));
+    return HB_OK;
 }
 
 hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, const hb_tensor4 *w,

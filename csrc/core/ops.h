@@ -96,6 +96,15 @@ typedef enum {
 hb_status hb_linear_4bit(hb_context *context, const hb_view *x, const hb_tensor4 *w,
                          const hb_view *bias, hb_compute compute, const hb_view *y, void *workspace,
                          hb_error *error);
+// What hb_linear_4bit gives for each of n weights of one depth, to the bit. Where x has few rows it
+// is permuted once and all weights are read in one parallel loop. The CPU's memory only.
+enum { HB_LINEAR4_MAX_ITEMS = 4 };
+typedef struct {
+    const hb_tensor4 *w;
+    const hb_view *bias, *y; // bias may be NULL
+} hb_linear4_item;
+hb_status hb_linear_4bit_group(hb_context *context, const hb_view *x, int n,
+                               const hb_linear4_item *items, hb_compute compute, hb_error *error);
 // dx = dy W: dy [..., rows], dx [..., depth].
 hb_status hb_linear_4bit_grad_input(hb_context *context, const hb_view *dy, const hb_tensor4 *w,
                                     hb_compute compute, const hb_view *dx, void *workspace,
@@ -134,6 +143,28 @@ hb_status hb_rotate(hb_context *context, const hb_view *x, const hb_view *cosine
 // float32 throughout, one rounding; dot products as in kernels_dense.h.
 hb_status hb_attend(hb_context *context, const hb_view *q, const hb_view *k, const hb_view *v,
                     float scale, const hb_view *y, hb_error *error);
+
+// ---- parts of a transformer block, 4-bit W (ops_block.c) ---------------------------------------
+
+// Their results are those of the operations named, one after the other, to the bit; what lies
+// between has the dtype of x. Weights and views in the CPU's memory, biases may be NULL, y of an
+// item is not used unless said.
+
+// y = down(round(f(gate(x))) up(x)): x [..., n], y [..., rows of down]. hb_linear_4bit_group,
+// hb_gate, hb_linear_4bit.
+hb_status hb_mlp_4bit(hb_context *context, const hb_view *x, const hb_linear4_item *gate,
+                      const hb_linear4_item *up, const hb_linear4_item *down, hb_activation f,
+                      hb_compute compute, const hb_view *y, hb_error *error);
+// q, k and v of one token a sequence, q and k rotated: x [batch, 1, n], items q, k, v whose y is
+// [batch, heads, 1, depth], contiguous, each with its number of heads. hb_linear_4bit_group,
+// hb_rotate.
+hb_status hb_qkv_4bit(hb_context *context, const hb_view *x, const hb_linear4_item *items,
+                      const hb_view *cosine, const hb_view *sine, hb_compute compute,
+                      hb_error *error);
+// y = out(attend(q, k, v)): as hb_attend; y [batch, 1, rows of out]. hb_attend, hb_linear_4bit.
+hb_status hb_attend_4bit(hb_context *context, const hb_view *q, const hb_view *k, const hb_view *v,
+                         float scale, const hb_linear4_item *out, hb_compute compute,
+                         const hb_view *y, hb_error *error);
 
 // ---- 8-bit block-wise with a 256-entry map (ops_8bit.c) ---------------------------------------
 

@@ -6,6 +6,7 @@
 
 const char *const hb_scales_names[] = {"absmax", "search", NULL};
 const char *const hb_compute_names[] = {"float32", "bfloat16", "int16", "int8", NULL};
+const char *const hb_activation_names[] = {"silu", "gelu_tanh", NULL};
 const char *const hb_mode_names[] = {"dynamic", "exact", NULL};
 
 static bool name_equals(PyObject *keyword, const char *name)

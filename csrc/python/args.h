@@ -44,9 +44,10 @@ int hb_arg_dtype(const char *function, const char *name, PyObject *value, hb_dty
 int hb_arg_shape(const char *function, const char *name, PyObject *value, int *ndim, int64_t *shape,
                  int64_t *numel);
 
-extern const char *const hb_scales_names[];  // "absmax", "search": hb_scales
-extern const char *const hb_compute_names[]; // of hb_compute
-extern const char *const hb_mode_names[];    // "dynamic", "exact": hb_int8_mode
+extern const char *const hb_scales_names[];     // "absmax", "search": hb_scales
+extern const char *const hb_compute_names[];    // of hb_compute
+extern const char *const hb_activation_names[]; // of hb_activation
+extern const char *const hb_mode_names[];       // "dynamic", "exact": hb_int8_mode
 
 // "(2, 3)" into text.
 void hb_shape_text(const int64_t *shape, int ndim, char *text, size_t size);

@@ -9,6 +9,7 @@
 
 extern PyMethodDef hb_functions_4bit[];
 extern PyMethodDef hb_functions_8bit[];
+extern PyMethodDef hb_functions_block[];
 extern PyMethodDef hb_functions_cuda[];
 extern PyMethodDef hb_functions_dense[];
 extern PyMethodDef hb_functions_fused[];

@@ -191,28 +191,6 @@ done:
     return result;
 }
 
-// Weights of a matrix product: shape must be (rows, depth).
-static int get_matrix(hb_state *state, const char *function, const hb_weights4_args *args,
-                      PyObject *shape_object, hb_weights4 *weights)
-{
-    int ndim = 0;
-    int64_t shape[HB_MAX_NDIM], numel = 0;
-    if (hb_arg_shape(function, "shape", shape_object, &ndim, shape, &numel) < 0) return -1;
-    if (ndim != 2) {
-        PyErr_Format(PyExc_ValueError, "%s: shape, expected (rows, depth), got %R", function,
-                     shape_object);
-        return -1;
-    }
-    if (hb_weights4_get(state, function, args, 0, weights) < 0) return -1;
-    if (hb_weights4_set_numel(function, weights, numel) < 0) {
-        hb_weights4_release(weights);
-        return -1;
-    }
-    weights->tensor.rows = shape[0];
-    weights->tensor.depth = shape[1];
-    return 0;
-}
-
 PyDoc_STRVAR(linear_4bit_doc,
              "linear_4bit($module, x, packed, absmax, /, quant_type, blocksize, shape, bias=None, "
              "compute='float32', *, out=None, nested_absmax=None, nested_map=None, "
@@ -241,7 +219,7 @@ static PyObject *linear_4bit(PyObject *module, PyObject *const *args, Py_ssize_t
     hb_array bias = {0};
     hb_weights4 weights;
     if (hb_arg_choice(function, "compute", value[7], hb_compute_names, &compute) < 0 ||
-        get_matrix(state, function, &weights_args, value[5], &weights) < 0)
+        hb_weights4_matrix(state, function, &weights_args, value[5], &weights) < 0)
         return NULL;
     PyObject *result = NULL;
     if (hb_given(value[6]) && hb_bias_get(state, value[6], function, weights.tensor.rows,
@@ -284,7 +262,7 @@ static PyObject *linear_4bit_grad_input(PyObject *module, PyObject *const *args,
     int compute = HB_COMPUTE_F32;
     hb_weights4 weights;
     if (hb_arg_choice(function, "compute", value[6], hb_compute_names, &compute) < 0 ||
-        get_matrix(state, function, &weights_args, value[5], &weights) < 0)
+        hb_weights4_matrix(state, function, &weights_args, value[5], &weights) < 0)
         return NULL;
     const hb_linear4_call call = {
         .function = function, .input_name = "dy", .backward = true, .compute = (hb_compute)compute};

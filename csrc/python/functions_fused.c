@@ -3,8 +3,6 @@
 #include "python/common.h"
 #include "python/functions.h"
 
-static const char *const activation_names[] = {"silu", "gelu_tanh", NULL};
-
 // A call: up to three arrays in, one out.
 typedef struct {
     hb_state *state;
@@ -87,7 +85,7 @@ static PyObject *gate(PyObject *module, PyObject *const *args, Py_ssize_t n_args
     const hb_view *g = &call.in[0].view, *up = &call.in[1].view;
     int f = HB_SILU;
     if (call_begin(&call, module, args, n_args, 3, 2, names) == 0 &&
-        hb_arg_choice("gate", "activation", args[2], activation_names, &f) == 0 &&
+        hb_arg_choice("gate", "activation", args[2], hb_activation_names, &f) == 0 &&
         call_output(&call, g->ndim, g->shape) == 0)
         HB_WITHOUT_GIL(call.status, hb_gate(&call.state->context, g, up, (hb_activation)f,
                                             &call.y.view, &call.error));

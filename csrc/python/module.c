@@ -99,6 +99,7 @@ static int module_exec(PyObject *module)
     if (add_types(module, state) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_4bit) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_8bit) < 0) return -1;
+    if (PyModule_AddFunctions(module, hb_functions_block) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_dense) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_cuda) < 0) return -1;
     if (PyModule_AddFunctions(module, hb_functions_fused) < 0) return -1;

@@ -142,6 +142,27 @@ int hb_weights4_set_numel(const char *function, hb_weights4 *weights, int64_t nu
                           hb_ceil_div(n_blocks, tensor->nested_blocksize));
 }
 
+int hb_weights4_matrix(hb_state *state, const char *function, const hb_weights4_args *args,
+                       PyObject *shape_object, hb_weights4 *weights)
+{
+    int ndim = 0;
+    int64_t shape[HB_MAX_NDIM], numel = 0;
+    if (hb_arg_shape(function, "shape", shape_object, &ndim, shape, &numel) < 0) return -1;
+    if (ndim != 2) {
+        PyErr_Format(PyExc_ValueError, "%s: shape, expected (rows, depth), got %R", function,
+                     shape_object);
+        return -1;
+    }
+    if (hb_weights4_get(state, function, args, 0, weights) < 0) return -1;
+    if (hb_weights4_set_numel(function, weights, numel) < 0) {
+        hb_weights4_release(weights);
+        return -1;
+    }
+    weights->tensor.rows = shape[0];
+    weights->tensor.depth = shape[1];
+    return 0;
+}
+
 static int check_tensor_overlap(const char *function, const hb_array *out, const hb_tensor4 *tensor)
 {
     const int64_t n_blocks = hb_ceil_div(tensor->numel, tensor->blocksize);

@@ -24,6 +24,9 @@ int hb_weights4_get(hb_state *state, const char *function, const hb_weights4_arg
 void hb_weights4_release(hb_weights4 *weights);
 // Sets tensor.numel and checks that packed, absmax and nested_absmax have just the sizes for it.
 int hb_weights4_set_numel(const char *function, hb_weights4 *weights, int64_t numel);
+// Weights of a matrix product, all set: shape must be (rows, depth).
+int hb_weights4_matrix(hb_state *state, const char *function, const hb_weights4_args *args,
+                       PyObject *shape_object, hb_weights4 *weights);
 static inline int64_t hb_packed_bytes(int64_t numel)
 {
     return numel / 2 + numel % 2;

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, final
 
 _Array = Any
+_Layer = tuple[Any, ...]
 _QuantType = Literal["nf4", "fp4"]
 _Scales = Literal["absmax", "search"]
 _Compute = Literal["float32", "bfloat16", "int16", "int8"]
@@ -443,6 +444,52 @@ def attend(q: _Array, k: _Array, v: _Array, scale: float, /) -> _Array:
 
     q [batch, heads, 1, depth], k and v [batch, groups, length, depth] -> [batch, 1, heads, depth]; heads a multiple of
     groups; all of one dtype. Errors as rms_norm."""
+
+def mlp_4bit(
+    x: _Array,
+    gate: _Layer,
+    up: _Layer,
+    down: _Layer,
+    activation: Literal["silu", "gelu_tanh"],
+    compute: Literal["float32", "bfloat16", "int16", "int8"],
+    /,
+) -> _Array:
+    """down(round(f(gate(x))) * up(x)) with three layers of 4 bits, for few rows of x: to the bit what linear_4bit and
+    gate give one after the other.
+
+    A layer is a tuple of linear_4bit's arguments: (packed, absmax, quant_type, blocksize, shape, bias), and where
+    scales are nested (..., nested_absmax, nested_map, nested_offset, nested_blocksize). x [..., n] of contiguous rows
+    -> [..., rows of down].
+
+    TypeError: a dtype, or a layer that is no such tuple. ValueError: shapes that do not fit, memory of a GPU."""
+
+def qkv_4bit(
+    x: _Array,
+    q: _Layer,
+    k: _Layer,
+    v: _Layer,
+    cos: _Array,
+    sin: _Array,
+    depth: int,
+    compute: Literal["float32", "bfloat16", "int16", "int8"],
+    /,
+) -> tuple[_Array, _Array, _Array]:
+    """q(x), k(x) and v(x), each [batch, heads, 1, depth], q and k rotated: to the bit what linear_4bit and rotate give.
+
+    x [batch, 1, n]; layers as mlp_4bit takes them, of heads * depth rows; cos and sin [1 or batch, 1, depth]. Errors as
+    mlp_4bit."""
+
+def attend_4bit(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    scale: float,
+    out: _Layer,
+    compute: Literal["float32", "bfloat16", "int16", "int8"],
+    /,
+) -> _Array:
+    """out(attend(q, k, v, scale)) with a layer as mlp_4bit takes them, of heads * depth columns -> [batch, 1, rows]: to
+    the bit what attend and linear_4bit give. Errors as mlp_4bit."""
 
 def optimizer_step(
     optimizer: Literal["adam", "ademamix", "momentum", "lion", "rmsprop", "adagrad"],

@@ -634,6 +634,98 @@ CHECK_GROUP(linear4_op)
     }
 }
 
+// ---- several weights, one x -------------------------------------------------------------------
+
+static hb_view view_of(void *data, hb_dtype dtype, int64_t m, int64_t cols)
+{
+    return (hb_view){.data = data,
+                     .dtype = dtype,
+                     .device = {HB_CPU, 0, NULL},
+                     .ndim = 2,
+                     .shape = {m, cols},
+                     .stride = {cols, 1}};
+}
+
+// hb_linear_4bit_group has the bits of hb_linear_4bit for each weight, on any number of threads.
+static void check_items(check *c, int64_t m, int64_t depth, const int64_t *rows, int n,
+                        bool strided, hb_dtype dtype, hb_compute compute)
+{
+    check_label(c, "group of %d, m=%d depth=%d strided=%d dtype=%d compute=%d", n, (int)m,
+                (int)depth, strided, (int)dtype, (int)compute);
+    hb_tensor4 tensor[HB_LINEAR4_MAX_ITEMS];
+    hb_view bias[HB_LINEAR4_MAX_ITEMS], y[HB_LINEAR4_MAX_ITEMS];
+    hb_linear4_item items[HB_LINEAR4_MAX_ITEMS];
+    void *wanted[HB_LINEAR4_MAX_ITEMS];
+    float *values = check_buffer(c, (size_t)(m * depth) * 4, CHECK_END);
+    const hb_view x = random_view(c, m, depth, dtype, strided, values);
+    hb_error error = {{0}};
+    for (int i = 0; i < n; i++) {
+        const hb_format4 format = i % 2 ? HB_FP4 : HB_NF4;
+        const int64_t blocksize = i == 2 ? 32 : 64;
+        const matrix4 w = random_matrix(c, format, rows[i], depth, blocksize);
+        const size_t bytes = (size_t)(m * rows[i]) * hb_dtype_bytes(dtype);
+        tensor[i] = (hb_tensor4){.format = format,
+                                 .blocksize = blocksize,
+                                 .numel = rows[i] * depth,
+                                 .rows = rows[i],
+                                 .depth = depth,
+                                 .packed = w.packed,
+                                 .absmax = w.absmax};
+        float *added = check_buffer(c, (size_t)rows[i] * 4, CHECK_END);
+        bias[i] = random_view(c, 1, rows[i], i == 1 ? HB_F32 : dtype, i == 3, added);
+        bias[i].ndim = 1;
+        bias[i].shape[0] = rows[i];
+        bias[i].stride[0] = bias[i].stride[1];
+        y[i] = view_of(check_buffer(c, bytes, CHECK_END), dtype, m, rows[i]);
+        const hb_view alone =
+            view_of(wanted[i] = check_buffer(c, bytes, CHECK_END), dtype, m, rows[i]);
+        items[i] = (hb_linear4_item){&tensor[i], i > 0 ? &bias[i] : NULL, &y[i]};
+        const hb_status status = hb_linear_4bit(c->context, &x, &tensor[i], items[i].bias, compute,
+                                                &alone, NULL, &error);
+        CHECK(c, status == HB_OK, "status %d: %s", (int)status, error.text);
+    }
+    for (int threads = 1; threads <= 3; threads++) {
+        hb_pool_set_threads(c->context->pool, threads);
+        for (int i = 0; i < n; i++)
+            if (m * rows[i] > 0)
+                memset(y[i].data, 0xff, (size_t)(m * rows[i]) * hb_dtype_bytes(dtype));
+        const hb_status status = hb_linear_4bit_group(c->context, &x, n, items, compute, &error);
+        CHECK(c, status == HB_OK, "status %d: %s", (int)status, error.text);
+        for (int i = 0; i < n; i++)
+            check_equal(c, y[i].data, wanted[i], (size_t)(m * rows[i]) * hb_dtype_bytes(dtype),
+                        "weight %d, %d threads", i, threads);
+    }
+    check_release(c);
+}
+
+CHECK_GROUP(linear4_group)
+{
+    static const int64_t rows[][HB_LINEAR4_MAX_ITEMS] = {
+        {64, 1, 65, 130}, {7, 200, 64, 0}, {900, 300, 200, 5}};
+    static const int64_t depths[] = {0, 31, 64, 96, 640};
+    const bool is_new = CHECK_NEW(c, linear4.f32.dot) || CHECK_NEW(c, linear4.bf16.dot) ||
+                        CHECK_NEW(c, linear4.i16.dot) || CHECK_NEW(c, linear4.i8.dot);
+    if (!is_new || c->bench) return;
+    for (int i = 0; i < (c->emulated ? 20 : 120); i++) {
+        const uint64_t bits = check_random(c);
+        const int64_t m = check_random_below(c, bits & 1 ? 3 : 20);
+        check_items(c, m, depths[check_random_below(c, 5)], rows[check_random_below(c, 2)],
+                    1 + (int)check_random_below(c, 4), (bits & 14) == 0,
+                    (hb_dtype)check_random_below(c, HB_IO_COUNT), (hb_compute)(bits >> 8 & 3));
+    }
+    if (!c->emulated) // one loop over several threads, and x of more rows than dot takes
+        for (int compute = 0; compute < 4; compute++)
+            for (int64_t m = 1; m <= 64; m *= 8)
+                check_items(c, m, 1024, rows[2], 4, false, HB_BF16, (hb_compute)compute);
+    hb_error error = {{0}};
+    hb_view x = {.device = {HB_CPU, 0, NULL}};
+    CHECK(c, hb_linear_4bit_group(c->context, &x, 5, NULL, HB_COMPUTE_F32, &error) == HB_ERR_VALUE,
+          "five weights");
+    x.device.type = HB_CUDA;
+    CHECK(c, hb_linear_4bit_group(c->context, &x, 1, NULL, HB_COMPUTE_F32, &error) == HB_ERR_DEVICE,
+          "memory of a GPU");
+}
+
 // ---- how often W is decoded -------------------------------------------------------------------
 
 static struct {

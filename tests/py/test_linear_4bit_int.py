@@ -165,3 +165,13 @@ def test_torch_layer():
     assert copy.deepcopy(layer).arithmetic == "int8" and plain.arithmetic is None
     with pytest.raises(ValueError, match="arithmetic"):
         Linear4bit(8, 8, arithmetic="int4")
+
+
+@pytest.mark.parametrize("compute", ["int16", "int8"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_sums_of_nothing(compute, rows):
+    """A depth of 0 has no columns to quantize: the bias, or zeros."""
+    weight = np.zeros(0, np.uint8), np.zeros(0, np.float32), "nf4", 64, (3, 0)
+    x, bias = np.ones((rows, 0), np.float32), np.arange(3, dtype=np.float32)
+    assert not _C.linear_4bit(x, *weight, None, compute).any()
+    assert (_C.linear_4bit(x, *weight, bias, compute) == bias).all()

@@ -26,6 +26,7 @@ INPUTS = {"numpy": X, "torch": T, "buffer": memoryview(X)}
 if torch is None:
     del INPUTS["torch"]
 FROZEN = np.zeros(3)
+ANGLE, Q = X[:1, None, :8], X[:1, :32].reshape(1, 4, 1, 8)
 
 
 def scenarios(label, x):
@@ -41,6 +42,7 @@ def scenarios(label, x):
     columns = X[:, ::2]
     shape = (6, 128)
     nested_parts = n.parts()
+    square = (*_C.quantize_4bit(X[0].repeat(8)), "nf4", 64, (32, 32), X[0, :32])
     functions = {
         "quantize_4bit": lambda: _C.quantize_4bit(x),
         "quantize_4bit dtype": lambda: _C.quantize_4bit(np.zeros(64, "u2"), dtype="bfloat16"),
@@ -78,6 +80,13 @@ def scenarios(label, x):
         "rotate": lambda: _C.rotate(X[:1, None, None], X[:1, None], X[:1, None]),
         "rotate bad": lambda: _C.rotate(x, x, x),
         "attend": lambda: _C.attend(X[:1, None, None], X[None, None], X[None, None], 1.0),
+        "mlp_4bit": lambda: _C.mlp_4bit(X[:, :32], square, square, square, "silu", "float32"),
+        "mlp_4bit bad": lambda: _C.mlp_4bit(X[:, :32], square, square, square[:5], "silu", "float32"),
+        "qkv_4bit": lambda: _C.qkv_4bit(X[:1, None, :32], *[square] * 3, ANGLE, ANGLE, 8, "float32"),
+        "qkv_4bit bad": lambda: _C.qkv_4bit(X[:1, None, :32], *[square] * 3, ANGLE, ANGLE, 5, "float32"),
+        "qkv_4bit bad angle": lambda: _C.qkv_4bit(X[:1, None, :32], *[square] * 3, ANGLE, X, 8, "float32"),
+        "attend_4bit": lambda: _C.attend_4bit(Q, Q, Q, 1.0, square, "float32"),
+        "attend_4bit bad": lambda: _C.attend_4bit(Q, Q, x, 1.0, square, "float32"),
         "attend bad": lambda: _C.attend(X[:1, None, None], X[None, None], x, 1.0),
         "linear_dense_rows bad": lambda: _C.linear_dense_rows("int8"),
         "params": lambda: (p.parts(), n.parts(), i8.parts(), q8.parts()),

@@ -24,9 +24,14 @@ from torch.compiler import is_compiling
 
 from halfbyte import _C
 from halfbyte.torch.nn.fused_attention import attention_forward
+from halfbyte.torch.nn.fused_projections import project_and_attend, projects_and_attends
+from halfbyte.torch.nn.linear4bit import operands
 from halfbyte.torch.nn.plain import DTYPES, are_plain
 
 __all__ = ["FusedAttention", "FusedMLP", "FusedNorm", "use_fused_kernels"]
+
+# Rows up to which an MLP's products are one call: what lies between them stays in the caches.
+FEW_ROWS = 16
 
 _tracing_state = torch._C._get_tracing_state
 
@@ -35,19 +40,21 @@ class _Fused(nn.Module):
     """What `_class_of` puts before a module's own class."""
 
     fused_base: type[nn.Module]
+    projects: bool  # attention: `project_and_attend` does what the original does
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         cls = type(self)
-        return _empty, (cls.__mro__[1], cls.fused_base), self.__dict__
+        return _empty, (cls.__mro__[1], cls.fused_base, cls.projects), self.__dict__
 
 
 @cache
-def _class_of(mixin: type[_Fused], base: type[nn.Module]) -> type[_Fused]:
-    return type(f"Fused{base.__name__}", (mixin, base), {"fused_base": base, "__doc__": base.__doc__})
+def _class_of(mixin: type[_Fused], base: type[nn.Module], projects: bool = False) -> type[_Fused]:
+    members = {"fused_base": base, "projects": projects, "__doc__": base.__doc__}
+    return type(f"Fused{base.__name__}", (mixin, base), members)
 
 
-def _empty(mixin: type[_Fused], base: type[nn.Module]) -> nn.Module:
-    cls = _class_of(mixin, base)
+def _empty(mixin: type[_Fused], base: type[nn.Module], projects: bool = False) -> nn.Module:
+    cls = _class_of(mixin, base, projects)
     return cls.__new__(cls)
 
 
@@ -77,18 +84,23 @@ class FusedNorm(_Fused):
 
 
 class FusedAttention(_Fused):
-    """Attention of transformers, of one token with functions of ours (`fused_attention`)."""
+    """Attention of transformers, of one token with functions of ours (`fused_attention`, `fused_projections`)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling() or _tracing_state() is not None:
             return super().forward(*args, **kwargs)
+        if self.projects and not args:
+            result = project_and_attend(self, kwargs)
+            if result is not None:
+                return result
         return attention_forward(self.fused_base)(self, *args, **kwargs)
 
 
 class FusedMLP(_Fused):
     """down_proj(act_fn(gate_proj(x)) * up_proj(x)) with activation and product in one call.
 
-    The projections are called as modules, with whatever hooks or adapters they have.
+    Few rows and three layers of 4 bits are one call altogether, with the same result to the bit. Otherwise the
+    projections are called as modules, with whatever hooks or adapters they have.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +111,9 @@ class FusedMLP(_Fused):
             name = _activation(type(activation))
         if name is None or activation._forward_hooks or activation._forward_pre_hooks:
             return super().forward(*args, **kwargs)
+        result = _few_rows(args[0], modules, name)
+        if result is not None:
+            return result
         gate, up = modules["gate_proj"](args[0]), modules["up_proj"](args[0])
         if (
             are_plain(gate, up)
@@ -109,6 +124,22 @@ class FusedMLP(_Fused):
         ):
             return modules["down_proj"](_C.gate(gate, up, name))
         return modules["down_proj"](activation(gate) * up)
+
+
+def _few_rows(x: Any, modules: dict[str, Any], activation: str) -> Tensor | None:
+    """All of an MLP of 4-bit layers in one call; None: go by the modules."""
+    if (
+        not are_plain(x)
+        or x.dim() == 0
+        or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        or not x.is_contiguous()
+    ):
+        return None
+    layers = operands(x, modules["gate_proj"], modules["up_proj"], modules["down_proj"])
+    if layers is None:
+        return None
+    compute, (gate, up, down) = layers
+    return _C.mlp_4bit(x, gate, up, down, activation, compute)
 
 
 @cache
@@ -250,6 +281,7 @@ def use_fused_kernels(model: nn.Module, enabled: bool = True) -> int:
             if mixin is None and _is_mlp(module, known):
                 mixin = FusedMLP
             if mixin is not None:
-                module.__class__ = _class_of(mixin, type(module))
+                projects = mixin is FusedAttention and projects_and_attends(module, known)
+                module.__class__ = _class_of(mixin, type(module), projects)
                 count += 1
     return count

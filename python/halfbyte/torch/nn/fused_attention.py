@@ -25,8 +25,8 @@ from halfbyte.torch.nn.plain import DTYPES, are_plain, have_rows
 
 __all__ = ["attention_forward"]
 
-_TABLE, _ROTARY = "ALL_ATTENTION_FUNCTIONS", "apply_rotary_pos_emb"
-_MAX_DEPTH = 1024
+TABLE, _ROTARY = "ALL_ATTENTION_FUNCTIONS", "apply_rotary_pos_emb"
+MAX_DEPTH = 1024
 
 
 class _Globals(dict):
@@ -53,7 +53,7 @@ def _can_rotate(x: Any, cos: Tensor, sin: Tensor) -> bool:
     batch, heads, tokens, depth = x.shape
     rows, one, width = cos.shape
     fits = depth == width and tokens == one == 1 and rows in (1, batch)
-    return fits and batch * heads > 0 and 0 < depth <= _MAX_DEPTH and depth % 2 == 0
+    return fits and batch * heads > 0 and 0 < depth <= MAX_DEPTH and depth % 2 == 0
 
 
 def _rotary(original: Any) -> Any:
@@ -88,10 +88,10 @@ def _rotates(function: Any) -> bool:
 
 
 # What sdpa_attention_forward would heed; a call in which one of them is given is its own.
-_HEEDED = ("softcap", "output_attentions", "position_bias", "cache", "s_aux")
+HEEDED = ("softcap", "output_attentions", "position_bias", "cache", "s_aux")
 
 
-def _is_given(value: Any) -> bool:
+def is_given(value: Any) -> bool:
     return value is not None and value is not False
 
 
@@ -109,8 +109,8 @@ def _one_token(original: Any) -> Any:
         if (
             attention_mask is None
             and dropout == 0
-            and not any(_is_given(more.get(name)) for name in _HEEDED)
-            and _can_attend(module, query, key, value)
+            and not any(is_given(more.get(name)) for name in HEEDED)
+            and can_attend(module, query, key, value)
         ):
             return _C.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
         return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
@@ -118,7 +118,7 @@ def _one_token(original: Any) -> Any:
     return attention
 
 
-def _can_attend(module: Any, query: Any, key: Any, value: Any) -> bool:
+def can_attend(module: Any, query: Any, key: Any, value: Any) -> bool:
     if (
         type(query) is not Tensor
         or query.dim() != 4
@@ -132,7 +132,7 @@ def _can_attend(module: Any, query: Any, key: Any, value: Any) -> bool:
     batch, heads, _, depth = query.shape
     shared = getattr(module, "num_key_value_groups", 1)
     fits = key.shape[0] == batch and key.shape[1] * shared == heads and key.shape[3] == depth
-    return fits and key.numel() > 0 and depth <= _MAX_DEPTH
+    return fits and key.numel() > 0 and depth <= MAX_DEPTH
 
 
 class _Table:
@@ -166,8 +166,8 @@ def attention_forward(cls: type[nn.Module]) -> Any:
         return None
     names, scope = forward.__code__.co_names, forward.__globals__
     ours: dict[str, Any] = {}
-    if _TABLE in names and hasattr(scope.get(_TABLE), "get_interface"):
-        ours[_TABLE] = _Table(scope[_TABLE])
+    if TABLE in names and hasattr(scope.get(TABLE), "get_interface"):
+        ours[TABLE] = _Table(scope[TABLE])
     if _ROTARY in names and _rotates(scope.get(_ROTARY)):
         ours[_ROTARY] = _rotary(scope[_ROTARY])
     if not ours:

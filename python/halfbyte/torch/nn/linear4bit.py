@@ -244,3 +244,52 @@ class LinearFP4(Linear4bit):
             device,
             arithmetic=arithmetic,
         )
+
+
+_LAYERS = (Linear4bit, LinearNF4, LinearFP4)
+_GLOBAL_HOOKS = tuple(
+    getattr(nn.modules.module, f"_global_{name}_hooks")
+    for name in ("forward", "forward_pre", "backward", "backward_pre")
+)
+
+
+def operands(x: Tensor, *layers: Any) -> tuple[str, list[tuple]] | None:
+    """How to multiply and, of each layer, the arguments of `_C.mlp_4bit` and its like; None: call the layers.
+
+    x is a plain tensor of the CPU that nobody watches (`are_plain`). Not None where a call of each layer with x's dtype
+    would form a product on the CPU, all in one way, and nothing else: no subclasses, hooks, adapters, gradients.
+    """
+    if any(_GLOBAL_HOOKS):
+        return None
+    compute, found = "", []
+    for layer in layers:
+        if type(layer) not in _LAYERS:
+            return None
+        own = layer.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or own.get("_compiled_call_impl") is not None
+        ):
+            return None
+        parameters = own["_parameters"]
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if type(weight) is not Params4bit or (state := weight.quant_state) is None or not weight.is_cpu:
+            return None
+        if bias is not None and (
+            bias.dtype is not x.dtype or (torch.is_grad_enabled() and bias.requires_grad)
+        ):
+            return None
+        way = layer._compute(x)
+        if compute and way != compute:
+            return None
+        compute = way
+        plain = (weight, state.absmax, state.quant_type, state.blocksize, state.shape, bias)
+        if state.nested:
+            outer, offset = state.state2, state.offset
+            plain += (outer.absmax, outer.code, 0.0 if offset is None else offset, outer.blocksize)
+        found.append(plain)
+    return compute, found
