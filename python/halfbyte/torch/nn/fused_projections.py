@@ -10,6 +10,7 @@ devices) leave it to `fused_attention`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,16 +36,22 @@ _OWN = ("hidden_states", "position_embeddings", "attention_mask", "past_key_valu
 _UNKNOWN = frozenset((*HEEDED, "dropout", "scaling"))
 
 
-def _sdpa(module: Any) -> Any:
-    """transformers' function of that name if the module's next call would be its; else None."""
+@cache
+def _tables(cls: type[nn.Module]) -> tuple[Any, Any]:
+    """The table in which a class looks up attention functions, and transformers' sdpa."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    return cls.forward.__globals__[TABLE], sdpa_attention_forward
+
+
+def _sdpa(module: Any) -> Any:
+    """transformers' function of that name if the module's next call would be its; else None."""
     # Past the configuration's own __getattribute__, which takes longer than the rest of these checks.
     config = object.__getattribute__(module.__dict__["config"], "__dict__")
     if config.get("_attn_implementation_internal") != "sdpa":
         return None
-    table = module.fused_base.forward.__globals__[TABLE]
-    return sdpa_attention_forward if table["sdpa"] is sdpa_attention_forward else None
+    table, sdpa = _tables(module.fused_base)
+    return sdpa if table["sdpa"] is sdpa else None
 
 
 def _can_project(module: Any, call: dict[str, Any]) -> bool:
