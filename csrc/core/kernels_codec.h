@@ -41,19 +41,20 @@ static inline unsigned hb_ladder8_guess(float a)
 // HB_DECADE_FLOOR, and e = #{k < 8: a > border k} (0: code `zero`, 1..7: a decade each, 8: the last
 // code),
 //
-//   place = (bits of a + offset[exponent of a % 32]) >> 27            = e + 24 (unsigned: e + 25)
-//   w = min(slope[place % 16] * a + HB_DECADE_BASE, HB_DECADE_CAP),   place = r + 25
-//   t = the 24 low bits of w, rotated left by `place`
+//   place = (offset[exponent of a % 32] - bits of a) >> 27            = 16 - e (unsigned: 15 - e)
+//   w = slope[place % 16] * a + HB_DECADE_BASE,                       place = 15 - r
+//   t = min(trunc(2^31 w), 2^32 - 1) >> place
 //   byte 2 of t = code - zero (unsigned: + 1, modulo 256)
 //
-// unless the low word of t is below HB_DECADE_NEAR: only a search decides.
+// unless the low word of t is below HB_DECADE_NEAR: only a search decides. The minimum, at which
+// conversions saturate, is in the last step of every decade, but not near its end. The slopes hold
+// the factor 2^31.
 typedef struct {
     bool fits;
     uint32_t offset[32];
     float slope[16];
 } hb_decades8;
 #define HB_DECADE_FLOOR 1e-7f
-#define HB_DECADE_CAP   0x1.ff8p0f // in the last step of every decade, but not near its end
 #define HB_DECADE_BASE  (0x1.c71c72p-1f + 0x1p-20f) // 8/9, and 8 units in the last place of w
 enum { HB_DECADE_NEAR = 16 };
 

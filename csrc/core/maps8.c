@@ -206,7 +206,7 @@ static float decade_slope(const hb_search8 *search, float low, int first, int r)
 }
 
 // The offset for magnitudes from 2^(exponent - 127) to the next power of two, of which one border
-// at most parts `place` and the next; false when there are more.
+// at most parts `place` and the one before; false when there are more. first: place below all.
 static bool find_offset(const float border[8], int first, unsigned exponent, uint32_t *offset)
 {
     const uint32_t start = exponent << 23, last = start | 0x7fffff;
@@ -216,9 +216,8 @@ static bool find_offset(const float border[8], int first, unsigned exponent, uin
         below += bits < start;
         inside += bits >= start && bits < last;
     }
-    const uint32_t place = (uint32_t)first + below;
-    *offset = inside == 0 ? (place << 27) + (1u << 26) - start
-                          : ((place + 1) << 27) - hb_f32_bits(border[below]) - 1;
+    const uint32_t place = (uint32_t)first - below;
+    *offset = (place << 27) + (inside == 0 ? (1u << 26) + start : hb_f32_bits(border[below]));
     return inside <= 1;
 }
 
@@ -242,7 +241,7 @@ static void fit_decades(hb_search8 *search)
     hb_decades8 *decades = &search->decades;
     *decades = (hb_decades8){0};
     if (!ladder->fits) return;
-    const int zero = ladder->zero, first_place = ladder->is_signed ? 24 : 25;
+    const int zero = ladder->zero, first_place = ladder->is_signed ? 16 : 15;
     float border[8] = {magnitude_threshold(search, zero, 1)};
     memcpy(border + 1, ladder->border, 7 * sizeof *border);
     bool fits = HB_DECADE_FLOOR < border[0] && HB_DECADE_FLOOR >= 0x1p-31f &&
@@ -250,14 +249,14 @@ static void fit_decades(hb_search8 *search)
     for (unsigned x = 96; x < 128; x++)
         fits = find_offset(border, first_place, x, &decades->offset[x % 32]) && fits;
     for (int e = 0; e < 9; e++) {
-        const int r = first_place + e - 25;
+        const int place = first_place - e, r = 15 - place;
         const int first = ladder->is_signed ? 1 << e >> 1 : (1 << e) - 1;
         float slope = 0.0f; // entry 0: signed any w; unsigned w in [1, 2)
         if (e > 0)
             slope = decade_slope(search, border[e - 1], first, r);
         else if (!ladder->is_signed)
             slope = 0.5f / border[0];
-        decades->slope[(first_place + e) % 16] = slope;
+        decades->slope[place % 16] = slope * 0x1p31f;
         if (r < 0) continue;
         const double low = e > 0 ? (double)border[e - 1] : (double)HB_DECADE_FLOOR;
         fits = fits && (double)slope * low + (double)HB_DECADE_BASE >= 1.0;

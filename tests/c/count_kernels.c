@@ -2,6 +2,8 @@
 // instructions.toml has a line for. Work is small, because counting is slow, and yet large enough
 // for the ends of a call to be a few hundredths of it.
 #include "check.h"
+#include "core/optim.h"
+#include "core/sums.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -294,7 +296,7 @@ COUNT_GROUP(codec_counts)
 
 COUNT_GROUP(optim_counts)
 {
-    enum { N = 1024, BLOCKS = N / 256 };
+    enum { N = HB_OPTIM_PIECE, BLOCKS = N / HB_OPTIM_BLOCKSIZE };
     static const hb_optim_scalars scalars = {.gnorm_scale = 1.0f,
                                              .keep = 0.999f,
                                              .beta1 = 0.9f,
@@ -349,6 +351,12 @@ COUNT_GROUP(optim_counts)
                 absmax1[i] = 0.03f, slow_absmax[i] = 0.01f, absmax2[i] = 1e-3f;
             check_convert(p, m, N, io);
             check_convert(g, v, N, io);
+            if (CHECK_NEW(c, optim.norm8[o][io])) {
+                hb_optim_squares squares[N / HB_OPTIM_PIECE];
+                CHECK_COUNT(c, named("norm of %s, 8-bit states, %s", names[o], hb_dtype_name(io)),
+                            N, "element")
+                k->norm8[o][io](m, v, BLOCKS, &states, &scalars, squares);
+            }
             CHECK_COUNT(c, named("%s, 8-bit states, %s", names[o], hb_dtype_name(io)), N, "element")
             k->step8[o][io](m, v, BLOCKS, &states, &scalars);
         }

@@ -224,5 +224,8 @@ INLINE void adam8(void *p, const void *g, int64_t blocks, const hb_states8 *stat
     void hb_dyn8_ademamix_##io##_##isa(void *p, const void *g, int64_t blocks,                     \
                                        const hb_states8 *states, const hb_optim_scalars *scalars)  \
     {                                                                                              \
-        adam8(p, g, blocks, states, scalars, true, true, dtype);                                   \
+        if (scalars->gnorm_scale == 1.0f)                                                          \
+            adam8(p, g, blocks, states, scalars, true, false, dtype);                              \
+        else                                                                                       \
+            adam8(p, g, blocks, states, scalars, true, true, dtype);                               \
     }

@@ -79,25 +79,26 @@ static inline ladder load_ladder(const hb_search8 *search)
     };
 }
 
-// t of sixteen a. Integer minima and maxima run on more pipes than those of floats.
+// t of sixteen a.
 static inline __m512i climb(const ladder *l, __m512 a)
 {
     __m512i bits = _mm512_castps_si512(a), exponent = _mm512_srli_epi32(bits, 23);
     __m512i offset = _mm512_permutex2var_epi32(l->offset[0], exponent, l->offset[1]);
-    __m512i place = _mm512_srli_epi32(_mm512_add_epi32(bits, offset), 27);
-    __m512i w = _mm512_castps_si512(
-        _mm512_fmadd_ps(_mm512_permutexvar_ps(place, l->slope), a, _mm512_set1_ps(HB_DECADE_BASE)));
-    w = _mm512_min_epi32(w, _mm512_castps_si512(_mm512_set1_ps(HB_DECADE_CAP)));
-    return _mm512_rolv_epi32(_mm512_and_si512(w, _mm512_set1_epi32(0xffffff)), place);
+    __m512i place = _mm512_srli_epi32(_mm512_sub_epi32(offset, bits), 27);
+    __m512 w = _mm512_fmadd_ps(_mm512_permutexvar_ps(place, l->slope), a,
+                               _mm512_set1_ps(0x1p31f * HB_DECADE_BASE));
+    return _mm512_srlv_epi32(_mm512_cvttps_epu32(w), place);
 }
 
 // a of v; NaN becomes something from HB_DECADE_FLOOR on.
 static inline __m512 magnitude(const ladder *l, __m512 v)
 {
+    enum { LARGER_MAGNITUDE = 11 }; // of two numbers, without a sign; not the NaN
+    const __m512 least = _mm512_set1_ps(HB_DECADE_FLOOR);
+    if (l->is_signed) return _mm512_range_ps(v, least, LARGER_MAGNITUDE);
     // As integers negative numbers are below the floor.
-    const __m512i least = _mm512_castps_si512(_mm512_set1_ps(HB_DECADE_FLOOR));
     return _mm512_castsi512_ps(
-        _mm512_max_epi32(_mm512_castps_si512(l->is_signed ? magnitude_f32x16(v) : v), least));
+        _mm512_max_epi32(_mm512_castps_si512(v), _mm512_castps_si512(least)));
 }
 
 // Lane i says that only the search can decide on lane i of one of the four.

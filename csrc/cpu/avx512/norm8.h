@@ -1,23 +1,24 @@
 // The norms of LAMB and LARS with 8-bit states, whole blocks with AVX-512. Formula:
 // hb_optim_norm_fn; the order of the sums: core/sums.h, a block being a row of lanes. How a block
 // is decoded: states8.h.
+//
+// The updates of a piece stay in the L1 cache until their squares are added up: a loop for
+// decoding, which stores no sums, and one for sums, which are in registers.
 #include "cpu/avx512/states8.h"
 
 #include "core/sums.h"
 
-// Squares of float32 are exact in float64, so that a fused sum is rounded as the reference's.
-INLINE void add_squares(__m512 value, double *sums)
+// Reads element i. What is only prefetched here and read in bursts later comes later: the
+// prefetchers of the processor do not see a stream.
+static inline void touch_element(const void *x, int64_t i, int64_t bytes)
 {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(value));
-    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1));
-    _mm512_store_pd(sums, _mm512_fmadd_pd(low, low, _mm512_load_pd(sums)));
-    _mm512_store_pd(sums + 8, _mm512_fmadd_pd(high, high, _mm512_load_pd(sums + 8)));
+    (void)*((const volatile uint8_t *)x + i * bytes);
 }
 
-// Adds the squares of a block. optimizer: HB_ADAM or HB_MOMENTUM.
-INLINE void norm_block(hb_optimizer optimizer, const void *p, const void *g, int64_t block,
-                       const hb_states8 *states, const decoder *decoder1, const decoder *decoder2,
-                       const step_f32x16 *s, hb_dtype io, double *updates, double *parameters)
+// The updates of a block. optimizer: HB_ADAM or HB_MOMENTUM.
+INLINE void update_block(hb_optimizer optimizer, const void *p, const void *g, int64_t block,
+                         const hb_states8 *states, const decoder *decoder1, const decoder *decoder2,
+                         const step_f32x16 *s, hb_dtype io, float updates[BLOCK])
 {
     const bool two = optimizer == HB_ADAM;
     const __m512 scale1 = _mm512_set1_ps(states->absmax1[block]);
@@ -32,10 +33,10 @@ INLINE void norm_block(hb_optimizer optimizer, const void *p, const void *g, int
         decode(decoder1, states->codes1 + first, state1);
         if (two) decode(decoder2, states->codes2 + first, state2);
         for (int l = 0; l < 4; l++) {
-            const __m512 parameter = load_f32x16(p, first + 16 * l, io);
             __m512 gradient = _mm512_mul_ps(s->gnorm, load_f32x16(g, first + 16 * l, io)), update;
             const __m512 m = _mm512_mul_ps(s->beta1, _mm512_mul_ps(state1[l], scale1));
             if (two) {
+                touch_element(p, first + 16 * l, (int64_t)hb_dtype_bytes(io));
                 __m512 v = _mm512_mul_ps(s->beta2, _mm512_mul_ps(state2[l], scale2));
                 v = _mm512_add_ps(v, _mm512_mul_ps(s->rest2, _mm512_mul_ps(gradient, gradient)));
                 update = _mm512_add_ps(m, _mm512_mul_ps(s->rest1, gradient));
@@ -43,13 +44,34 @@ INLINE void norm_block(hb_optimizer optimizer, const void *p, const void *g, int
                 v = _mm512_add_ps(_mm512_mul_ps(_mm512_sqrt_ps(v), s->inv_corr2), s->eps);
                 update = _mm512_div_ps(update, v);
             } else {
+                const __m512 parameter = load_f32x16(p, first + 16 * l, io);
                 gradient = _mm512_add_ps(gradient, _mm512_mul_ps(s->decay, parameter));
                 update = _mm512_add_ps(m, gradient);
             }
-            add_squares(update, updates + i + 16 * l);
-            add_squares(parameter, parameters + i + 16 * l);
+            _mm512_store_ps(updates + i + 16 * l, update);
         }
     }
+}
+
+// The sum of the squares of whole blocks from element `first` of x. Some lanes of all blocks at a
+// time, so that their sums stay in registers. Squares of float32 are exact in float64, so that a
+// fused sum is rounded as the reference's. 256 bits: a conversion to 512 is several operations on
+// processors that take it in halves.
+INLINE double squares_of(const void *x, int64_t first, int64_t blocks, hb_dtype io)
+{
+    enum { AT_ONCE = 8 /* vectors of sums */ };
+    _Alignas(64) double lanes[HB_SUM_LANES];
+    for (int i = 0; i < BLOCK; i += 4 * AT_ONCE) {
+        __m256d sum[AT_ONCE];
+        for (int l = 0; l < AT_ONCE; l++) sum[l] = _mm256_setzero_pd();
+        for (int64_t k = 0; k < blocks; k++)
+            for (int l = 0; l < AT_ONCE; l++) {
+                const __m256d v = _mm256_cvtps_pd(load_f32x4(x, first + k * BLOCK + i + 4 * l, io));
+                sum[l] = _mm256_fmadd_pd(v, v, sum[l]);
+            }
+        for (int l = 0; l < AT_ONCE; l++) _mm256_store_pd(lanes + i + 4 * l, sum[l]);
+    }
+    return hb_fold(lanes, HB_SUM_LANES);
 }
 
 INLINE void norm8(hb_optimizer optimizer, const void *p, const void *g, int64_t blocks,
@@ -61,16 +83,14 @@ INLINE void norm8(hb_optimizer optimizer, const void *p, const void *g, int64_t 
     const decoder decoder1 = make_decoder(states->map1);
     const decoder decoder2 = make_decoder(optimizer == HB_ADAM ? states->map2 : states->map1);
     const step_f32x16 s = broadcast_scalars(optimizer, scalars);
-    _Alignas(64) double updates[HB_SUM_LANES], parameters[HB_SUM_LANES];
-    for (int64_t block = 0; block < blocks;) {
-        const int64_t end = blocks - block < PIECE_BLOCKS ? blocks : block + PIECE_BLOCKS;
-        memset(updates, 0, sizeof updates);
-        memset(parameters, 0, sizeof parameters);
-        for (; block < end; block++)
-            norm_block(optimizer, p, g, block, states, &decoder1, &decoder2, &s, io, updates,
-                       parameters);
-        *squares++ = (hb_optim_squares){.update = hb_fold(updates, HB_SUM_LANES),
-                                        .parameter = hb_fold(parameters, HB_SUM_LANES)};
+    _Alignas(64) float updates[HB_OPTIM_PIECE];
+    for (int64_t first = 0; first < blocks; first += PIECE_BLOCKS) {
+        const int64_t count = blocks - first < PIECE_BLOCKS ? blocks - first : PIECE_BLOCKS;
+        for (int64_t k = 0; k < count; k++)
+            update_block(optimizer, p, g, first + k, states, &decoder1, &decoder2, &s, io,
+                         updates + k * BLOCK);
+        *squares++ = (hb_optim_squares){.update = squares_of(updates, 0, count, HB_F32),
+                                        .parameter = squares_of(p, first * BLOCK, count, io)};
     }
 }
 

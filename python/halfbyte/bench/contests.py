@@ -399,7 +399,10 @@ def optimizers(bench: Bench, bnb: Any) -> list[Row]:
 
 
 def steps(bench: Bench, bnb: Any) -> list[Row]:
-    """Each optimizer beside a copy of as many bytes as its step must move; bitsandbytes does not take part."""
+    """Each optimizer beside a copy of as many bytes as its step must move; bitsandbytes does not take part.
+
+    LAMB and LARS must read everything twice, unless it fits in a cache.
+    """
     del bnb
     n = min(OPTIMIZER_ELEMENTS, bench.rows * bench.depth)
     # How many states, and what makes the step as large as in training (SGD, LARS: with momentum).
@@ -421,6 +424,8 @@ def steps(bench: Bench, bnb: Any) -> list[Row]:
             parameter.grad = torch.randn(n) * 0.01
             optimizer = getattr(optim, name + suffix)([parameter], lr=1e-5, **options)
             nbytes = n * (12 + 2 * width * count)  # p and states read and written, g read
+            if name in ("LAMB", "LARS"):  # and everything read before, for a norm over the whole tensor
+                nbytes += n * (8 + width * count)
             source, target = torch.zeros(nbytes // 8), torch.zeros(nbytes // 8)
             ruler = Entry("copy of as many bytes", lambda i, s=source, t=target: t.copy_(s), nbytes)
             entry = Entry(f"halfbyte {name}{suffix}", lambda i, o=optimizer: o.step(), nbytes)

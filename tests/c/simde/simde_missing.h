@@ -168,6 +168,9 @@ HB_MASKED_MEMORY_(mm, ps, __m128, __mmask8, int32_t, 4)
 
 #define HB_CLAMP_(x, low, high) ((x) < (low) ? (low) : (x) > (high) ? (high) : (x))
 
+// What is no uint32_t becomes the largest one.
+HB_MAP1_(mm512_cvttps_epu32, __m512, float, 16, __m512i, uint32_t, 16,
+         a[i] > -1.0f && a[i] < 0x1p32f ? (uint32_t)a[i] : UINT32_MAX)
 HB_MAP1_(mm512_cvtepi8_epi32, __m128i, int8_t, 16, __m512i, int32_t, 16, a[i])
 HB_MAP1_(mm512_cvtepu8_epi32, __m128i, uint8_t, 16, __m512i, int32_t, 16, a[i])
 HB_MAP1_(mm512_cvtepu8_epi16, __m256i, uint8_t, 32, __m512i, int16_t, 32, a[i])
@@ -200,6 +203,7 @@ HB_MAP1_(mm512_moveldup_ps, __m512, float, 16, __m512, float, 16, a[i & ~1])
 HB_MAP1_(mm512_movehdup_ps, __m512, float, 16, __m512, float, 16, a[i | 1])
 HB_MAP2_(mm512_mulhi_epu16, __m512i, uint16_t, 32, ((uint32_t)a[i] * b[i]) >> 16)
 HB_MAP2_(mm512_srav_epi32, __m512i, int32_t, 16, a[i] >> ((uint32_t)b[i] > 31 ? 31 : b[i]))
+#define _mm512_cvttps_epu32   hb_mm512_cvttps_epu32
 #define _mm512_cvtepi8_epi32  hb_mm512_cvtepi8_epi32
 #define _mm512_cvtepu8_epi32  hb_mm512_cvtepu8_epi32
 #define _mm512_cvtepu8_epi16  hb_mm512_cvtepu8_epi16
