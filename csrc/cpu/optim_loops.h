@@ -106,6 +106,14 @@ static void OPTIM(momentum_norm_f32)(const float *restrict p, const float *restr
                                   .parameter = hb_fold(parameters, HB_SUM_LANES)};
 }
 
+// 1 or -1; zeros and NaN stay. By bits, so that the loop vectorises without masks.
+static inline float OPTIM(sign)(float x)
+{
+    const uint32_t bits = hb_f32_bits(x), magnitude = bits & 0x7fffffffu;
+    const uint32_t one = magnitude == 0u ? bits : (bits & 0x80000000u) | 0x3f800000u;
+    return hb_f32_from_bits(magnitude > 0x7f800000u ? bits : one);
+}
+
 static void OPTIM(lion_f32)(float *restrict p, const float *restrict g, float *restrict m,
                             float *restrict slow, float *restrict v, int64_t n,
                             const hb_optim_scalars *scalars)
@@ -117,8 +125,7 @@ static void OPTIM(lion_f32)(float *restrict p, const float *restrict g, float *r
     {
         float gradient = s.gnorm_scale * g[i];
         float mixed = s.beta1 * m[i] + s.beta1_rest * gradient;
-        float sign = mixed > 0.0f ? 1.0f : mixed < 0.0f ? -1.0f : mixed; // 0 and NaN stay
-        p[i] = s.keep * p[i] - size * sign;
+        p[i] = s.keep * p[i] - size * OPTIM(sign)(mixed);
         m[i] = s.beta2 * m[i] + s.beta2_rest * gradient;
     }
 }

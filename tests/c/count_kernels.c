@@ -316,8 +316,15 @@ COUNT_GROUP(optim_counts)
     check_fill_normal(c, g, N, 0.01f);
     check_fill_normal(c, m, N, 0.01f);
     for (int64_t i = 0; i < N; i++) v[i] = g[i] * g[i];
-    if (CHECK_NEW(c, optim.step[HB_ADAM])) CHECK_COUNT(c, "adam, 32-bit states", N, "element")
-    k->step[HB_ADAM](p, g, m, NULL, v, N, &scalars);
+    static const char *const names[HB_OPTIMIZER_COUNT] = {"adam", "ademamix", "momentum",
+                                                          "lion", "rmsprop",  "adagrad"};
+    float *slow = check_buffer(c, N * 4, CHECK_BEGIN);
+    memcpy(slow, m, N * 4);
+    for (int o = 0; o < HB_OPTIMIZER_COUNT; o++) {
+        if (!CHECK_NEW(c, optim.step[o])) continue;
+        CHECK_COUNT(c, named("%s, 32-bit states", names[o]), N, "element")
+        k->step[o](p, g, o >= HB_RMSPROP ? v : m, slow, v, N, &scalars);
+    }
 
     float map1[256], map2[256], absmax1[BLOCKS], slow_absmax[BLOCKS], absmax2[BLOCKS];
     uint8_t *codes1 = check_buffer(c, N, CHECK_BEGIN), *codes2 = check_buffer(c, N, CHECK_BEGIN);
@@ -337,8 +344,6 @@ COUNT_GROUP(optim_counts)
                                .map2 = map2,
                                .search1 = &search[0],
                                .search2 = &search[1]};
-    static const char *const names[HB_OPTIMIZER_COUNT] = {"adam", "ademamix", "momentum",
-                                                          "lion", "rmsprop",  "adagrad"};
     for (int o = 0; o < HB_OPTIMIZER_COUNT; o++)
         for (hb_dtype io = HB_F32; io <= (o == HB_ADAM ? HB_BF16 : HB_F32); io++) {
             if (!CHECK_NEW(c, optim.step8[o][io])) continue;
