@@ -44,7 +44,7 @@ typedef struct {
     // block. The other rows are not touched: several threads may widen rows of one tile.
     void (*widen_x)(const int8_t *codes, int64_t depth, int row, void *tile);
     // One block of n_rows <= HB_INT8_PAIR_W rows, depth <= HB_INT8_PAIR_STEPS, to a panel of
-    // hb_int8_pair_bytes(depth, n_rows rounded up to even).
+    // hb_int8_pair_bytes(depth, HB_INT8_PAIR_W).
     void (*widen_w)(const int8_t *w, int64_t w_stride, int64_t n_rows, int64_t depth, void *panel);
     // c[t * c_stride + r] = (add: +=) sum_k w[r, k] codes[t, k] for r < n_rows, t < n_x (1 to
     // HB_INT8_PAIR_X), over one block: `tile` begins with it. Rows of the tile from n_x on are not
@@ -116,6 +116,7 @@ static inline int64_t hb_int8_pair_bytes(int64_t depth, int64_t rows)
 void hb_linear8_table_ref(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx2(hb_kernels_linear8 *kernels);
 void hb_int8_pairs_table_avx2(hb_int8_pairs *pairs);
+void hb_int8_pairs_table_avx512(hb_int8_pairs *pairs);
 void hb_linear8_table_avxvnni(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx512(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx512vnni(hb_kernels_linear8 *kernels);

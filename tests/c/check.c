@@ -214,6 +214,17 @@ void check_fill_bytes(check *c, void *data, size_t bytes)
     for (size_t i = 0; i < bytes; i++) out[i] = (uint8_t)(check_random(c) >> 56);
 }
 
+void check_fill_codes(check *c, int8_t *codes, int64_t n)
+{
+    check_fill_bytes(c, codes, (size_t)n);
+    const int kind = (int)check_random_below(c, 5);
+    for (int64_t i = 0; i < n; i++) {
+        if (kind == 1) codes[i] = (int8_t)(codes[i] & 1 ? 127 : -128);
+        if (kind == 2) codes[i] = -128;
+        if (kind == 3) codes[i] = 127;
+    }
+}
+
 void check_fill_normal(check *c, float *data, int64_t n, float scale)
 {
     for (int64_t i = 0; i < n; i++) data[i] = check_random_normal(c) * scale;

@@ -107,6 +107,9 @@ uint64_t check_random(check *c);
 int64_t check_random_below(check *c, int64_t n); // uniform in 0..n-1
 float check_random_normal(check *c);             // about N(0, 1)
 void check_fill_bytes(check *c, void *data, size_t bytes);
+// Codes of int8 weights or x: any bytes; often the extremes, so that sums of instructions that
+// saturate or wrap around would go wrong.
+void check_fill_codes(check *c, int8_t *codes, int64_t n);
 void check_fill_normal(check *c, float *data, int64_t n, float scale);
 // Normal numbers of all magnitudes, zeros of both signs, subnormals; with `nonfinite` also inf,
 // NaN.

@@ -185,14 +185,14 @@ COUNT_GROUP(linear8_counts)
         k->dot_int8(w, DEPTH, ROWS, DEPTH, prepared, k->dot_int8_rows, y, ROWS);
     }
     if (CHECK_NEW(c, linear8.pairs.multiply)) {
-        enum { TILE_X = HB_INT8_PAIR_X };
+        enum { TILE_X = HB_INT8_PAIR_X, PANEL = HB_INT8_PAIR_W };
         void *tile = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, TILE_X), CHECK_BEGIN);
-        void *wide = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, ROWS), CHECK_BEGIN);
+        void *wide = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, PANEL), CHECK_BEGIN);
         for (int t = 0; t < TILE_X; t++) k->pairs.widen_x(codes, DEPTH, t, tile);
-        CHECK_COUNT(c, "linear8 pairs widen_w", ROWS * DEPTH, "weight")
-        k->pairs.widen_w(w, DEPTH, ROWS, DEPTH, wide);
-        CHECK_COUNT(c, "linear8 pairs multiply", ROWS * DEPTH * TILE_X, "product")
-        k->pairs.multiply(wide, ROWS, DEPTH, tile, tile, TILE_X, false, y, ROWS);
+        CHECK_COUNT(c, "linear8 pairs widen_w", PANEL * DEPTH, "weight")
+        k->pairs.widen_w(w, DEPTH, PANEL, DEPTH, wide);
+        CHECK_COUNT(c, "linear8 pairs multiply", PANEL * DEPTH * TILE_X, "product")
+        k->pairs.multiply(wide, PANEL, DEPTH, tile, tile, TILE_X, false, y, PANEL);
     }
     if (CHECK_NEW(c, linear8.dot_f32)) {
         CHECK_COUNT(c, "linear8 dot_f32, 1 of x", ROWS * DEPTH, "product")

@@ -9,18 +9,6 @@ static int64_t min_i64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-// Any bytes; often the extremes: what saturates or wraps around in 16 bits would show.
-static void fill_codes(check *c, int8_t *codes, int64_t n)
-{
-    check_fill_bytes(c, codes, (size_t)n);
-    const int kind = (int)check_random_below(c, 5);
-    for (int64_t i = 0; i < n; i++) {
-        if (kind == 1) codes[i] = (int8_t)(codes[i] & 1 ? 127 : -128);
-        if (kind == 2) codes[i] = -128;
-        if (kind == 3) codes[i] = 127;
-    }
-}
-
 // Block by block, as core goes; rows of the tile behind n_x hold what was there before.
 static void check_pairs(check *c, int64_t depth, int64_t n_rows, int n_x)
 {
@@ -37,8 +25,8 @@ static void check_pairs(check *c, int64_t depth, int64_t n_rows, int n_x)
     uint8_t *tile = check_buffer(c, tile_bytes, CHECK_BEGIN);
     int32_t *got = check_buffer(c, (size_t)n_out * sizeof *got, CHECK_END);
     int32_t *want = malloc((size_t)(n_out + 1) * sizeof *want);
-    fill_codes(c, w, w_bytes);
-    fill_codes(c, x, depth * n_x);
+    check_fill_codes(c, w, w_bytes);
+    check_fill_codes(c, x, depth * n_x);
     memcpy(want, got, (size_t)n_out * sizeof *want);
     for (int t = n_x - 1; t >= 0; t--) { // in any order
         for (int64_t r = 0; r < n_rows; r++) {
@@ -51,7 +39,7 @@ static void check_pairs(check *c, int64_t depth, int64_t n_rows, int n_x)
     int64_t k = 0, at = 0;
     do {
         const int64_t n = min_i64(HB_INT8_PAIR_STEPS, depth - k);
-        const int64_t bytes = hb_int8_pair_bytes(n, n_rows + n_rows % 2);
+        const int64_t bytes = hb_int8_pair_bytes(n, HB_INT8_PAIR_W);
         uint8_t *panel = check_buffer(c, (size_t)bytes, CHECK_BEGIN);
         pairs->widen_w(w + k, w_stride, n_rows, n, panel);
         pairs->multiply(panel, n_rows, n, tile + at, tile, n_x, k > 0, got, c_stride);
@@ -73,7 +61,7 @@ static void bench_pairs(check *c)
     void *tile = check_buffer(c, (size_t)hb_int8_pair_bytes(STEPS, X), CHECK_BEGIN);
     void *panel = check_buffer(c, (size_t)hb_int8_pair_bytes(STEPS, W), CHECK_BEGIN);
     int32_t *sums = check_buffer(c, W * X * sizeof *sums, CHECK_BEGIN);
-    fill_codes(c, codes, W * STEPS);
+    check_fill_codes(c, codes, W * STEPS);
     for (int t = 0; t < X; t++) pairs->widen_x(codes, STEPS, t, tile);
     CHECK_BENCH(c, b, "int8 pairs widen", W * STEPS * 3, 0)
     pairs->widen_w(codes, STEPS, W, STEPS, panel);

@@ -12,17 +12,6 @@ static int64_t min_i64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-// Any bytes; often the extremes, so that sums of saturating instructions would go wrong.
-static void fill_codes(check *c, int8_t *codes, int64_t n)
-{
-    check_fill_bytes(c, codes, (size_t)n);
-    const int kind = (int)check_random_below(c, 4);
-    for (int64_t i = 0; i < n; i++) {
-        if (kind == 1) codes[i] = (int8_t)(codes[i] & 1 ? 127 : -128);
-        if (kind == 2) codes[i] = -128;
-    }
-}
-
 // ---- kernels
 // --------------------------------------------------------------------------------------
 
@@ -41,8 +30,8 @@ static void check_dot_int8(check *c, int64_t depth, int64_t n_rows, int n_x)
     const int64_t n_out = (n_x - 1) * c_stride + n_rows;
     int32_t *got = check_buffer(c, (size_t)n_out * sizeof *got, CHECK_END);
     int32_t *want = malloc((size_t)(n_out + 1) * sizeof *want);
-    fill_codes(c, w, w_bytes);
-    fill_codes(c, x, depth * n_x);
+    check_fill_codes(c, w, w_bytes);
+    check_fill_codes(c, x, depth * n_x);
     memcpy(want, got, (size_t)n_out * sizeof *want); // what lies between rows stays
     for (int t = 0; t < n_x; t++) {
         for (int64_t r = 0; r < n_rows; r++) {
@@ -73,8 +62,8 @@ static void check_tile_int8(check *c, int64_t depth, int64_t n_rows, int n_x)
     void *tile = check_buffer(c, (size_t)hb_int8_tile_bytes(depth, k->tile_int8_rows), CHECK_BEGIN);
     int32_t *got = check_buffer(c, (size_t)n_out * sizeof *got, CHECK_END);
     int32_t *want = malloc((size_t)(n_out + 1) * sizeof *want);
-    fill_codes(c, w, w_bytes);
-    fill_codes(c, x, depth * n_x);
+    check_fill_codes(c, w, w_bytes);
+    check_fill_codes(c, x, depth * n_x);
     memcpy(want, got, (size_t)n_out * sizeof *want);
     for (int t = n_x - 1; t >= 0; t--) { // in any order
         for (int64_t r = 0; r < n_rows; r++) {
@@ -103,7 +92,7 @@ static void check_dot_f32(check *c, int64_t depth, int64_t n_rows, int n_x)
     float *x = check_buffer(c, (size_t)x_size * sizeof *x, CHECK_END);
     float *y = check_buffer(c, (size_t)n_out * sizeof *y, CHECK_END);
     float *alone = check_buffer(c, (size_t)n_x * sizeof *alone, CHECK_END);
-    fill_codes(c, w, w_bytes);
+    check_fill_codes(c, w, w_bytes);
     check_fill_normal(c, x, x_size, 3.0f);
     k->dot_f32(w, w_stride, n_rows, depth, x, x_stride, n_x, y, y_stride);
     for (int64_t r = 0; r < n_rows; r++) {
@@ -132,7 +121,7 @@ static void check_panels(check *c, int64_t depth, int64_t n_rows, int tile_cols)
     const size_t rows_bytes = (size_t)(depth * tile_cols) * sizeof(float);
     float *got = check_buffer(c, rows_bytes, CHECK_END),
           *want = check_buffer(c, rows_bytes, CHECK_END);
-    fill_codes(c, w, w_bytes);
+    check_fill_codes(c, w, w_bytes);
     k->decode_rows(w, depth + 5, n_rows, depth, tile_cols, got);
     ref->decode_rows(w, depth + 5, n_rows, depth, tile_cols, want);
     check_equal(c, got, want, rows_bytes, "decode_rows");
@@ -184,8 +173,8 @@ static void bench_kernels(check *c)
     float *x = check_buffer(c, 8 * DEPTH * sizeof *x, CHECK_BEGIN);
     float *y = check_buffer(c, 8 * ROWS * sizeof *y, CHECK_BEGIN);
     float *panel = check_buffer(c, 64 * 512 * sizeof *panel, CHECK_BEGIN);
-    fill_codes(c, w, BYTES);
-    fill_codes(c, codes, 8 * DEPTH);
+    check_fill_codes(c, w, BYTES);
+    check_fill_codes(c, codes, 8 * DEPTH);
     check_fill_normal(c, x, 8 * DEPTH, 1.0f);
     for (int t = 0; t < k->dot_int8_rows; t++)
         k->prepare_int8(codes + t * DEPTH, DEPTH, prepared + t * stride);
@@ -324,7 +313,7 @@ static layer make_layer(check *c, hb_dtype dtype, bool backward)
     l.bias.view.ndim = 1;
     l.codes = check_buffer(c, (size_t)(l.rows * l.depth), CHECK_END);
     l.scale = check_buffer(c, (size_t)l.rows * sizeof(float), CHECK_END);
-    fill_codes(c, l.codes, l.rows * l.depth);
+    check_fill_codes(c, l.codes, l.rows * l.depth);
     for (int64_t r = 0; r < l.rows; r++) l.scale[r] = fabsf(check_random_normal(c));
     return l;
 }
@@ -458,8 +447,8 @@ static void check_matmul(check *c, int64_t m, int64_t n, int64_t depth)
     int8_t *b = check_buffer(c, (size_t)(n * depth), CHECK_END);
     int32_t *got = check_buffer(c, (size_t)(m * n) * sizeof *got, CHECK_END);
     int32_t *want = check_buffer(c, (size_t)(m * n) * sizeof *want, CHECK_END);
-    fill_codes(c, a, m * depth);
-    fill_codes(c, b, n * depth);
+    check_fill_codes(c, a, m * depth);
+    check_fill_codes(c, b, n * depth);
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++) {
             int64_t sum = 0;
@@ -495,7 +484,8 @@ CHECK_GROUP(linear8)
         check_matmul(c, 70, 130, 257);
     }
     check_matmul(c, 3, 5, 0); // without memory for elements
-    const int many = c->kernels->linear8.tile_int8_from;
+    const int tiles = c->kernels->linear8.tile_int8_from;
+    const int many = tiles > 0 ? tiles : c->kernels->linear8.pairs.from;
     if (many > 0) { // around the first row and the second tile
         check_matmul(c, many - 1, 40, 130);
         check_matmul(c, many, 40, 130);
@@ -515,7 +505,7 @@ CHECK_GROUP(linear8_threads)
                    check_buffer(c, M * DEPTH * sizeof *x, CHECK_END)};
     int8_t *codes = check_buffer(c, ROWS * DEPTH, CHECK_END);
     float scale[ROWS];
-    fill_codes(c, codes, ROWS * DEPTH);
+    check_fill_codes(c, codes, ROWS * DEPTH);
     check_fill_normal(c, x, M * DEPTH, 2.0f);
     check_fill_normal(c, scale, ROWS, 1.0f);
     hb_error error = {""};
