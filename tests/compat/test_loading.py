@@ -184,7 +184,8 @@ plan = memory_plan(sys.argv[1], context=1)
 model = halfbyte.load(sys.argv[1], "nf4")
 done.set()
 thread.join()
-print(peak, plan.route("nf4").needed, private())
+after = private()  # which the thread, asleep in between, need not have seen
+print(max(peak, after), plan.route("nf4").needed, after)
 """
 
 
@@ -193,7 +194,7 @@ def test_peak_is_within_what_was_asked_for(folders):
     result = subprocess.run([sys.executable, "-c", PEAK, folders["big"]], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     peak, asked, after = map(int, result.stdout.split()[-3:])
-    assert 0 < after <= peak < asked
+    assert 0 < after <= peak < asked, result.stdout
 
 
 def test_wrong_paths(folders, tmp_path):
