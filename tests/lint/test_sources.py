@@ -45,6 +45,13 @@ def test_constants_of_codebooks_have_one_definition():
         assert not found, f"{path} repeats constants of formats.def: {sorted(found)}"
 
 
+def test_most_threads_of_the_command_line_are_those_of_the_pool():
+    """The command line knows them without importing anything native."""
+    (pool,) = re.findall(r"HB_MAX_THREADS = (\d+)", read(Path("csrc/core/thread_count.h")))
+    (line,) = re.findall(r"^MAX_THREADS = (\d+)", read(Path("python/halfbyte/cli/arguments.py")), re.M)
+    assert line == pool
+
+
 def test_no_open_ends():
     pattern = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
     for path in TEXT:
