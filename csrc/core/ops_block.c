@@ -17,11 +17,7 @@ static hb_view like_rows(const hb_view *x, int64_t cols, void *data)
     view.data = data;
     view.readonly = false;
     view.shape[x->ndim - 1] = cols;
-    int64_t stride = 1;
-    for (int d = x->ndim - 1; d >= 0; d--) {
-        view.stride[d] = stride;
-        stride *= view.shape[d];
-    }
+    hb_contiguous_strides(view.ndim, view.shape, view.stride);
     return view;
 }
 

@@ -39,6 +39,16 @@ static inline int64_t hb_view_numel(const hb_view *view)
     return numel;
 }
 
+// Strides of elements in row-major order without gaps.
+static inline void hb_contiguous_strides(int ndim, const int64_t *shape, int64_t *stride)
+{
+    int64_t next = 1;
+    for (int d = ndim - 1; d >= 0; d--) {
+        stride[d] = next;
+        next *= shape[d];
+    }
+}
+
 // True when the elements lie in row-major order without gaps.
 static inline bool hb_view_is_contiguous(const hb_view *view)
 {

@@ -26,6 +26,8 @@
 #ifndef HB_CPU_INT8_PAIRS_H
 #define HB_CPU_INT8_PAIRS_H
 
+#include "cpu/codes8_x86.h"
+
 enum {
     TILE_X = HB_INT8_PAIR_X,
     STRIP = LANES * VECTORS,
@@ -40,23 +42,6 @@ INLINE void split_quads(__m256i codes, __m256i *first, __m256i *second)
     *second = _mm256_srai_epi16(codes, 8);
 }
 
-// n codes, at most 32, and zeros behind them.
-INLINE __m256i load_codes(const int8_t *codes, int64_t n)
-{
-    if (n >= GROUP) return _mm256_loadu_si256((const void *)codes);
-    int8_t buffer[GROUP] = {0};
-    memcpy(buffer, codes, (size_t)n);
-    return _mm256_loadu_si256((const void *)buffer);
-}
-
-INLINE int32_t sum_of_lanes(__m256i v)
-{
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    return _mm_cvtsi128_si32(s);
-}
-
 // One row of one block of x.
 static void widen_x_block(const int8_t *codes, int64_t depth, int row, uint8_t *block)
 {
@@ -64,7 +49,7 @@ static void widen_x_block(const int8_t *codes, int64_t depth, int row, uint8_t *
     __m256i sum = _mm256_setzero_si256();
     for (int64_t k = 0; k < depth; k += GROUP, out += TILE_X * GROUP * 2) {
         __m256i first, second;
-        split_quads(load_codes(codes + k, depth - k), &first, &second);
+        split_quads(load_32_codes(codes + k, depth - k), &first, &second);
         _mm256_store_si256((void *)out, first);
         _mm256_store_si256((void *)(out + 32), second);
         sum = _mm256_sub_epi32(sum, _mm256_madd_epi16(first, second));
@@ -118,8 +103,8 @@ static void widen_8_rows(const int8_t *w, int64_t w_stride, int64_t present, int
         __m256i rows[8];
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++)
-            rows[r] =
-                r < present ? load_codes(w + r * w_stride + k, depth - k) : _mm256_setzero_si256();
+            rows[r] = r < present ? load_32_codes(w + r * w_stride + k, depth - k)
+                                  : _mm256_setzero_si256();
         transpose_quads(rows);
 #pragma GCC unroll 8
         for (int q = 0; q < 8; q++, out += QUAD_BYTES) {

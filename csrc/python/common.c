@@ -44,6 +44,22 @@ int hb_check_shape(const char *function, PyObject *shape, const hb_array *array)
     return -1;
 }
 
+int hb_args_count(const char *function, Py_ssize_t n_args, Py_ssize_t expected)
+{
+    if (n_args == expected) return 0;
+    PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", function, expected,
+                 n_args);
+    return -1;
+}
+
+int hb_arrays_get(hb_state *state, const char *function, PyObject *const *args, int n,
+                  const char *const *names, hb_array *arrays)
+{
+    for (int i = 0; i < n; i++)
+        if (hb_array_get(state, args[i], function, names[i], HB_TAKE_IO, &arrays[i]) < 0) return -1;
+    return 0;
+}
+
 int hb_bias_get(hb_state *state, PyObject *object, const char *function, int64_t rows,
                 const hb_device *device, unsigned take, hb_array *array)
 {

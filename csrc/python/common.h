@@ -5,6 +5,12 @@
 #include "python/args.h"
 #include "python/device.h"
 
+// TypeError unless a call by position has `expected` arguments.
+int hb_args_count(const char *function, Py_ssize_t n_args, Py_ssize_t expected);
+// The first n arguments, arrays called names[i], of a dtype of x. On failure those before it are
+// set: release all.
+int hb_arrays_get(hb_state *state, const char *function, PyObject *const *args, int n,
+                  const char *const *names, hb_array *arrays);
 // The dtype of a result: `dtype` if given, else that of `out` if given, else `otherwise`.
 int hb_result_dtype(hb_state *state, const char *function, PyObject *dtype, PyObject *out,
                     hb_dtype otherwise, hb_dtype *result);

@@ -176,11 +176,7 @@ static hb_view contiguous_at(const hb_view *view, void *data)
 {
     hb_view dense = *view;
     dense.data = data;
-    int64_t stride = 1;
-    for (int d = view->ndim - 1; d >= 0; d--) {
-        dense.stride[d] = stride;
-        stride *= view->shape[d];
-    }
+    hb_contiguous_strides(dense.ndim, dense.shape, dense.stride);
     return dense;
 }
 

@@ -60,23 +60,6 @@ static void call_open(block_call *call, PyObject *module, const char *function)
     call->status = HB_OK;
 }
 
-static int check_count(const block_call *call, Py_ssize_t n_args, Py_ssize_t expected)
-{
-    if (n_args == expected) return 0;
-    PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", call->function, expected,
-                 n_args);
-    return -1;
-}
-
-static int get_arrays(block_call *call, PyObject *const *args, int n, const char *const *names)
-{
-    for (int i = 0; i < n; i++)
-        if (hb_array_get(call->state, args[i], call->function, names[i], HB_TAKE_IO, &call->in[i]) <
-            0)
-            return -1;
-    return 0;
-}
-
 static int get_layers(block_call *call, PyObject *const *args, int n, const char *const *names)
 {
     for (int i = 0; i < n; i++)
@@ -131,7 +114,8 @@ static PyObject *mlp_4bit(PyObject *module, PyObject *const *args, Py_ssize_t n_
     int64_t shape[HB_MAX_NDIM];
     const hb_view *x = &call.in[0].view;
     const hb_tensor4 *up = &call.layers[1].weights.tensor, *down = &call.layers[2].weights.tensor;
-    if (check_count(&call, n_args, 6) < 0 || get_arrays(&call, args, 1, arrays) < 0 ||
+    if (hb_args_count(call.function, n_args, 6) < 0 ||
+        hb_arrays_get(call.state, call.function, args, 1, arrays, call.in) < 0 ||
         get_layers(&call, args + 1, 3, layers) < 0 ||
         hb_arg_choice("mlp_4bit", "activation", args[4], hb_activation_names, &f) < 0 ||
         get_compute(&call, args[5]) < 0 ||
@@ -185,9 +169,10 @@ static PyObject *qkv_4bit(PyObject *module, PyObject *const *args, Py_ssize_t n_
     call_open(&call, module, "qkv_4bit");
     int64_t depth = 0;
     PyObject *result = NULL;
-    if (check_count(&call, n_args, 8) < 0) goto done;
+    if (hb_args_count(call.function, n_args, 8) < 0) goto done;
     PyObject *const in[3] = {args[0], args[4], args[5]};
-    if (get_arrays(&call, in, 3, arrays) < 0 || get_layers(&call, args + 1, 3, layers) < 0 ||
+    if (hb_arrays_get(call.state, call.function, in, 3, arrays, call.in) < 0 ||
+        get_layers(&call, args + 1, 3, layers) < 0 ||
         hb_arg_int64("qkv_4bit", "depth", args[6], &depth) < 0 || get_compute(&call, args[7]) < 0 ||
         qkv_outputs(&call, depth) < 0)
         goto done;
@@ -216,7 +201,8 @@ static PyObject *attend_4bit(PyObject *module, PyObject *const *args, Py_ssize_t
     block_call call;
     call_open(&call, module, "attend_4bit");
     float scale = 0;
-    if (check_count(&call, n_args, 6) < 0 || get_arrays(&call, args, 3, arrays) < 0 ||
+    if (hb_args_count(call.function, n_args, 6) < 0 ||
+        hb_arrays_get(call.state, call.function, args, 3, arrays, call.in) < 0 ||
         hb_arg_float("attend_4bit", "scale", args[3], &scale) < 0 ||
         get_layers(&call, args + 4, 1, layers) < 0 || get_compute(&call, args[5]) < 0)
         goto done;

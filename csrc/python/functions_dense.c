@@ -107,10 +107,7 @@ PyDoc_STRVAR(
 
 static PyObject *linear_dense_few(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
 {
-    if (n_args != 3) {
-        PyErr_Format(PyExc_TypeError, "linear_dense_few: expected 3 arguments, got %zd", n_args);
-        return NULL;
-    }
+    if (hb_args_count("linear_dense_few", n_args, 3) < 0) return NULL;
     PyObject *value[4] = {args[0], args[1], args[2], NULL};
     return run_and_release(module, "linear_dense", value, true);
 }

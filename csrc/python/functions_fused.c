@@ -19,16 +19,8 @@ static int call_begin(fused_call *call, PyObject *module, PyObject *const *args,
                       Py_ssize_t expected, int arrays, const char *const *names)
 {
     call->state = hb_state_of_module(module);
-    if (n_args != expected) {
-        PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", call->function,
-                     expected, n_args);
-        return -1;
-    }
-    for (int i = 0; i < arrays; i++)
-        if (hb_array_get(call->state, args[i], call->function, names[i], HB_TAKE_IO, &call->in[i]) <
-            0)
-            return -1;
-    return 0;
+    if (hb_args_count(call->function, n_args, expected) < 0) return -1;
+    return hb_arrays_get(call->state, call->function, args, arrays, names, call->in);
 }
 
 // y of `shape` beside the first array, with its dtype.

@@ -267,11 +267,7 @@ int hb_array_own(hb_state *state, const char *function, hb_array *array)
     if (owner == NULL) return -1;
     Py_XSETREF(array->owner, owner);
     view->data = memory;
-    int64_t stride = 1;
-    for (int d = view->ndim - 1; d >= 0; d--) {
-        view->stride[d] = stride;
-        stride *= view->shape[d];
-    }
+    hb_contiguous_strides(view->ndim, view->shape, view->stride);
     return 0;
 }
 

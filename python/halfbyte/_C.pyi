@@ -26,6 +26,7 @@ _Layer = tuple[Any, ...]
 _QuantType = Literal["nf4", "fp4"]
 _Scales = Literal["absmax", "search"]
 _Compute = Literal["float32", "bfloat16", "int16", "int8"]
+_Activation = Literal["silu", "gelu_tanh"]
 
 class CudaError(RuntimeError):
     """No CUDA device can be used, or one reported an error."""
@@ -430,7 +431,7 @@ def rms_norm(x: _Array, weight: _Array, eps: float, /) -> _Array:
     TypeError: another dtype, or two. ValueError: shapes that do not fit, strided rows, memory of a GPU.
     """
 
-def gate(gate: _Array, up: _Array, activation: Literal["silu", "gelu_tanh"], /) -> _Array:
+def gate(gate: _Array, up: _Array, activation: _Activation, /) -> _Array:
     """round(f(gate)) * up, rounded: two arrays of one shape and dtype, with contiguous rows. Accuracy of f:
     csrc/core/kernels_fused.h. Errors as rms_norm."""
 
@@ -450,8 +451,8 @@ def mlp_4bit(
     gate: _Layer,
     up: _Layer,
     down: _Layer,
-    activation: Literal["silu", "gelu_tanh"],
-    compute: Literal["float32", "bfloat16", "int16", "int8"],
+    activation: _Activation,
+    compute: _Compute,
     /,
 ) -> _Array:
     """down(round(f(gate(x))) * up(x)) with three layers of 4 bits, for few rows of x: to the bit what linear_4bit and
@@ -471,7 +472,7 @@ def qkv_4bit(
     cos: _Array,
     sin: _Array,
     depth: int,
-    compute: Literal["float32", "bfloat16", "int16", "int8"],
+    compute: _Compute,
     /,
 ) -> tuple[_Array, _Array, _Array]:
     """q(x), k(x) and v(x), each [batch, heads, 1, depth], q and k rotated: to the bit what linear_4bit and rotate give.
@@ -485,7 +486,7 @@ def attend_4bit(
     v: _Array,
     scale: float,
     out: _Layer,
-    compute: Literal["float32", "bfloat16", "int16", "int8"],
+    compute: _Compute,
     /,
 ) -> _Array:
     """out(attend(q, k, v, scale)) with a layer as mlp_4bit takes them, of heads * depth columns -> [batch, 1, rows]: to

@@ -23,8 +23,8 @@ SMALL = dict(
 IDS = torch.arange(2 * 9).view(2, 9) * 7 % 100
 
 
-@pytest.fixture
-def calls(monkeypatch):
+def count_calls(monkeypatch, *modules):
+    """How often each function of _C is called from these modules, from now on."""
     found = collections.Counter()
 
     class Spy:
@@ -35,9 +35,14 @@ def calls(monkeypatch):
 
             return function
 
-    monkeypatch.setattr(fused, "_C", Spy())
-    monkeypatch.setattr(fused_attention, "_C", Spy())
+    for module in modules:
+        monkeypatch.setattr(module, "_C", Spy())
     return found
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return count_calls(monkeypatch, fused, fused_attention)
 
 
 def model(family="Llama", dtype=torch.float32, **settings):

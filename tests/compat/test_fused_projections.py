@@ -1,6 +1,5 @@
 """Fused kernels on models with 4-bit layers: who goes by one call for several layers, and that nobody sees it."""
 
-import collections
 import contextlib
 import copy
 import pickle
@@ -8,9 +7,8 @@ import pickle
 import pytest
 import torch
 import transformers
-from test_fused_models import IDS, SMALL, tokens
+from test_fused_models import IDS, SMALL, count_calls, tokens
 
-from halfbyte import _C
 from halfbyte.integrations.transformers import HalfbyteConfig
 from halfbyte.torch import nn
 from halfbyte.torch.nn import fused, fused_attention, fused_projections, use_fused_kernels
@@ -20,19 +18,7 @@ TOKENS = 12
 
 @pytest.fixture
 def calls(monkeypatch):
-    found = collections.Counter()
-
-    class Spy:
-        def __getattr__(self, name):
-            def function(*arguments):
-                found[name] += 1
-                return getattr(_C, name)(*arguments)
-
-            return function
-
-    for module in (fused, fused_attention, fused_projections):
-        monkeypatch.setattr(module, "_C", Spy())
-    return found
+    return count_calls(monkeypatch, fused, fused_attention, fused_projections)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@
 // Weights are read in address order with software prefetch. Ends of rows go through a small buffer:
 // nothing behind them is read. Accuracy: kernels_linear8.h (dot_f32: depth/16 + 7).
 #include "core/kernels_linear8.h"
-#include "cpu/simd.h"
+#include "cpu/codes8_x86.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -44,14 +44,6 @@ static void prepare_int8(const int8_t *codes, int64_t depth, void *prepared)
     for (int64_t k = 0; k < padded(depth); k += 16)
         _mm256_storeu_si256((void *)(out + k),
                             _mm256_cvtepi8_epi16(load_codes(codes + k, depth - k)));
-}
-
-static int32_t sum_of_lanes(__m256i v)
-{
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    return _mm_cvtsi128_si32(s);
 }
 
 // n_x rows of x by n_w rows of w, constants at every call.

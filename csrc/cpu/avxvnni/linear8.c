@@ -7,6 +7,7 @@
 // code. Layout of prepared x: the codes, zeros up to a multiple of 64, then 128 sum x as int32 in
 // the last 64 bytes. Ends of rows of W go through a small buffer.
 #include "core/kernels_linear8.h"
+#include "cpu/codes8_x86.h"
 #include "cpu/avxvnni/vnni.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -18,29 +19,12 @@ static int64_t padded(int64_t depth)
     return (depth + 63) / 64 * 64;
 }
 
-// The first n codes at p, then zeros; n >= 32 loads all.
-INLINE __m256i load_codes(const int8_t *p, int64_t n)
-{
-    if (n >= 32) return _mm256_loadu_si256((const void *)p);
-    int8_t buffer[32] = {0};
-    memcpy(buffer, p, (size_t)n);
-    return _mm256_loadu_si256((const void *)buffer);
-}
-
-static int32_t sum_of_lanes(__m256i v)
-{
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    return _mm_cvtsi128_si32(s);
-}
-
 static void prepare_int8(const int8_t *codes, int64_t depth, void *prepared)
 {
     int8_t *out = prepared;
     __m256i sum = _mm256_setzero_si256();
     for (int64_t k = 0; k < padded(depth); k += 32) {
-        const __m256i x = k < depth ? load_codes(codes + k, depth - k) : _mm256_setzero_si256();
+        const __m256i x = k < depth ? load_32_codes(codes + k, depth - k) : _mm256_setzero_si256();
         _mm256_storeu_si256((void *)(out + k), x);
         sum = HB_DPBUSD(sum, _mm256_set1_epi8(-128), x); // 128 as an unsigned byte
     }
@@ -64,7 +48,7 @@ INLINE void int8_tile(const int8_t *w, int64_t w_stride, int64_t depth, const in
         for (int r = 0; r < n_w; r++) {
             const int8_t *p = w + r * w_stride + k;
             if (k % 64 == 0) _mm_prefetch((const char *)p + PREFETCH, _MM_HINT_T0);
-            biased[r] = _mm256_xor_si256(load_codes(p, depth - k), flip);
+            biased[r] = _mm256_xor_si256(load_32_codes(p, depth - k), flip);
         }
 #pragma GCC unroll 2
         for (int t = 0; t < n_x; t++) {
