@@ -1,4 +1,4 @@
-// The bundle that every operation takes: kernel table and thread pool.
+// The bundle that every operation takes: kernel table, thread pool, scratch memory.
 #include "core/ops.h"
 
 hb_status hb_context_init(hb_context *context, uint32_t cpu_flags, int threads, hb_error *error)
@@ -11,12 +11,16 @@ hb_status hb_context_init(hb_context *context, uint32_t cpu_flags, int threads, 
         hb_codebook_round(value, HB_INT8_LIMIT, &context->rounded[format][1]);
     }
     context->pool = hb_pool_create(threads);
-    HB_CHECK(error, context->pool != NULL, HB_ERR_MEMORY, "context: no memory for the thread pool");
-    return HB_OK;
+    context->scratch = hb_scratch_store_create();
+    if (context->pool != NULL && context->scratch != NULL) return HB_OK;
+    hb_context_clear(context);
+    return hb_fail(error, HB_ERR_MEMORY, "context: no memory for the thread pool");
 }
 
 void hb_context_clear(hb_context *context)
 {
     hb_pool_destroy(context->pool);
+    hb_scratch_store_destroy(context->scratch);
     context->pool = NULL;
+    context->scratch = NULL;
 }

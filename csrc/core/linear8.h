@@ -25,6 +25,7 @@ enum {
 typedef struct {
     const hb_kernels *kernels;
     hb_pool *pool;
+    hb_scratch_store *scratch;
     hb_matrix x, y;
     const int8_t *codes;
     const float *scale;

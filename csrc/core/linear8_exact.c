@@ -1,6 +1,5 @@
 // Products of float32 x with a row-wise int8 W, forward and backward. See linear8.h.
 #include "core/linear8.h"
-#include "core/scratch.h"
 
 enum { PASS_ROWS = 240 }; // rows of x whose panel sums a lane keeps
 
@@ -44,7 +43,8 @@ hb_status hb_product8_dot(hb_product8 *p, const char *function, hb_error *error)
     hb_scratch scratch = {0};
     (void)hb_scratch_reserve(&scratch, p->x_rows * p->prepared_stride);
     _Alignas(64) unsigned char stack[HB_PRODUCT8_STACK_BYTES];
-    HB_TRY(hb_scratch_open(&scratch, stack, sizeof stack, function, &p->prepared, error));
+    HB_TRY(
+        hb_scratch_open(&scratch, p->scratch, stack, sizeof stack, function, &p->prepared, error));
     for (int64_t m = 0; m < p->x_rows; m++) {
         float *row = (float *)(p->prepared + m * p->prepared_stride);
         const int64_t offset = hb_matrix_row_offset(&p->x, m);
@@ -158,7 +158,8 @@ hb_status hb_product8_panels(hb_product8 *p, const char *function, hb_error *err
     const int64_t lanes_at = hb_scratch_reserve(&scratch, n_lanes * p->lane_bytes);
 
     _Alignas(64) unsigned char stack[HB_PRODUCT8_STACK_BYTES];
-    HB_TRY(hb_scratch_open(&scratch, stack, sizeof stack, function, &p->prepared, error));
+    HB_TRY(
+        hb_scratch_open(&scratch, p->scratch, stack, sizeof stack, function, &p->prepared, error));
     p->lanes = p->prepared + lanes_at;
     for (p->x_begin = 0; p->x_begin < all_rows; p->x_begin += pass_rows) {
         const int64_t n = p->pass_rows = hb_least(pass_rows, all_rows - p->x_begin);

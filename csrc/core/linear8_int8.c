@@ -1,7 +1,6 @@
 // Products of x and a row-wise int8 W that are int8 on both sides, with outlier columns of x apart.
 // See linear8.h.
 #include "core/linear8.h"
-#include "core/scratch.h"
 
 enum {
     PAIR_PASS_ROWS = 512
@@ -274,7 +273,7 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
 
     _Alignas(64) unsigned char stack[HB_PRODUCT8_STACK_BYTES];
     unsigned char *memory;
-    HB_TRY(hb_scratch_open(&scratch, stack, sizeof stack, function, &memory, error));
+    HB_TRY(hb_scratch_open(&scratch, p->scratch, stack, sizeof stack, function, &memory, error));
     p->prepared = memory + prepared_at;
     p->x_factor = (float *)(memory + factor_at);
     p->marks = memory + marks_at;
@@ -293,7 +292,7 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
         p->lane_bytes = hb_round_up(p->extra_at + 4 * (gathered > work ? gathered : work), 64);
         const int64_t outliers_at = hb_scratch_reserve(&more, n_tiles * p->outliers_stride);
         const int64_t more_at = hb_scratch_reserve(&more, n_lanes * p->lane_bytes);
-        status = hb_scratch_open(&more, NULL, 0, function, &memory, error);
+        status = hb_scratch_open(&more, p->scratch, NULL, 0, function, &memory, error);
         if (status == HB_OK) {
             p->outliers = memory + outliers_at;
             p->lanes = memory + more_at;

@@ -2,7 +2,6 @@
 // choice between the ways to multiply, and the order of a call. linear4.h says what these are.
 #include "core/linear4.h"
 #include "core/ops_cuda.h"
-#include "core/scratch.h"
 
 #include <inttypes.h>
 
@@ -162,7 +161,8 @@ static hb_status open_scratch(hb_product4 *p, const hb_view *bias, hb_scratch *s
     const int64_t lanes_at = hb_scratch_reserve(scratch, p->n_lanes * p->lane_bytes);
 
     unsigned char *memory;
-    HB_TRY(hb_scratch_open(scratch, stack, STACK_BYTES, function, &memory, error));
+    HB_TRY(hb_scratch_open(scratch, p->context->scratch, stack, STACK_BYTES, function, &memory,
+                           error));
     p->packed = memory + packed_at;
     p->shared = p->share ? memory + shared_at : NULL;
     p->gathered = gather ? memory + gathered_at : NULL;

@@ -2,7 +2,6 @@
 // the grid that all products walk. linear8.h says what these are.
 #include "core/linear8.h"
 #include "core/ops_cuda.h"
-#include "core/scratch.h"
 
 #include <inttypes.h>
 
@@ -68,6 +67,7 @@ hb_status hb_matmul_int8(hb_context *context, const hb_device *device, const int
     if (device->type == HB_CUDA) return hb_matmul_int8_cuda(device, a, b, m, n, depth, c, error);
     hb_product8 p = {.kernels = &context->kernels,
                      .pool = context->pool,
+                     .scratch = context->scratch,
                      .codes = b,
                      .rows = n,
                      .depth = depth,
@@ -84,6 +84,7 @@ static hb_product8 product_of(hb_context *context, const hb_view *x, const int8_
 {
     hb_product8 p = {.kernels = &context->kernels,
                      .pool = context->pool,
+                     .scratch = context->scratch,
                      .x = hb_matrix_of(x),
                      .y = hb_matrix_of(y),
                      .codes = codes,
@@ -122,7 +123,7 @@ hb_status hb_linear_8bit(hb_context *context, const hb_view *x, const int8_t *co
     } else if (bias != NULL) {
         unsigned char *memory;
         (void)hb_scratch_reserve(&scratch, rows * (int64_t)sizeof(float));
-        HB_TRY(hb_scratch_open(&scratch, NULL, 0, function, &memory, error));
+        HB_TRY(hb_scratch_open(&scratch, context->scratch, NULL, 0, function, &memory, error));
         hb_matrix_copy_bias(bias, (float *)memory);
         p.bias = (float *)memory;
     }

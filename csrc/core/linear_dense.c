@@ -11,7 +11,6 @@
 #include "core/ops.h"
 
 #include <inttypes.h>
-#include <stdlib.h>
 
 enum {
     CHUNK_ROWS = HB_LINEAR4_MAX_TILE_COLS, // rows of W; what hb_matrix_finish takes
@@ -114,17 +113,14 @@ hb_status hb_linear_dense(hb_context *context, const hb_view *x, const hb_view *
     if (p.x_rows == 0 || p.rows == 0) return HB_OK;
 
     _Alignas(64) unsigned char stack[STACK_BYTES];
-    unsigned char *allocated = NULL;
+    hb_scratch scratch = {0};
     if (hb_matrix_rows_are_regular(&rows_of_x, 0, p.x_rows, &p.x_stride)) {
         p.x = x->data;
     } else {
-        const int64_t bytes = p.x_rows * p.depth * item;
-        unsigned char *copy = stack;
-        if (bytes > STACK_BYTES) {
-            copy = allocated = malloc((size_t)bytes);
-            HB_CHECK(error, copy != NULL, HB_ERR_MEMORY,
-                     "linear_dense: no memory for %" PRId64 " bytes of scratch", bytes);
-        }
+        unsigned char *copy;
+        (void)hb_scratch_reserve(&scratch, p.x_rows * p.depth * item);
+        HB_TRY(hb_scratch_open(&scratch, context->scratch, stack, sizeof stack, "linear_dense",
+                               &copy, error));
         for (int64_t m = 0; m < p.x_rows; m++)
             hb_matrix_gather_row(&rows_of_x, m, copy + m * p.depth * item);
         p.x = copy;
@@ -141,6 +137,6 @@ hb_status hb_linear_dense(hb_context *context, const hb_view *x, const hb_view *
         multiply_chunks(&p, 0, n_chunks, 0);
     else
         hb_parallel_for(context->pool, n_chunks, multiply_chunks, &p);
-    free(allocated);
+    hb_scratch_close(&scratch);
     return HB_OK;
 }

@@ -19,6 +19,7 @@
 #include "core/kernels.h"
 #include "core/optim.h"
 #include "core/parallel.h"
+#include "core/scratch.h"
 #include "core/status.h"
 #include "core/view.h"
 
@@ -26,11 +27,13 @@
 typedef struct {
     hb_kernels kernels;
     hb_pool *pool;
+    hb_scratch_store *scratch;
     uint32_t cpu_flags;
     hb_codebook_int rounded[HB_CODEBOOK_COUNT][2]; // of each format, to int16 and to int8
 } hb_context;
 
-// Fills kernels and starts the pool object. threads <= 0: automatic.
+// Fills kernels and starts the pool object. threads <= 0: automatic. On failure nothing is left to
+// clear.
 hb_status hb_context_init(hb_context *context, uint32_t cpu_flags, int threads, hb_error *error);
 void hb_context_clear(hb_context *context);
 

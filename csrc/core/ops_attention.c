@@ -9,13 +9,12 @@
 #include "core/ops.h"
 
 #include <inttypes.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum {
     PIECE = 2048,             // elements of V or x at a time
     MAX_DEPTH = 1024,         // of a head
-    STACK_SCORES = 4096,      // scratch up to this size is not allocated
+    STACK_BYTES = 16 << 10,   // scratch up to this size is not allocated
     SERIAL_PRODUCTS = 1 << 19 // work worth a thread
 };
 
@@ -196,18 +195,17 @@ hb_status hb_attend(hb_context *context, const hb_view *q, const hb_view *k, con
                    .length = length,
                    .depth = depth,
                    .scale = scale};
-    float stack[STACK_SCORES], *allocated = NULL;
-    p.scores = stack;
-    if (batch * heads > STACK_SCORES / length) {
-        const int64_t bytes = batch * heads * length * (int64_t)sizeof *stack;
-        p.scores = allocated = malloc((size_t)bytes);
-        HB_CHECK(error, allocated != NULL, HB_ERR_MEMORY,
-                 "attend: no memory for %" PRId64 " bytes of scratch", bytes);
-    }
+    _Alignas(64) unsigned char stack[STACK_BYTES];
+    hb_scratch scratch = {0};
+    unsigned char *memory;
+    (void)hb_scratch_reserve(&scratch, batch * heads * length * (int64_t)sizeof *p.scores);
+    HB_TRY(
+        hb_scratch_open(&scratch, context->scratch, stack, sizeof stack, function, &memory, error));
+    p.scores = (float *)memory;
     if (batch * heads * length * depth < SERIAL_PRODUCTS)
         attend_groups(&p, 0, batch * groups, 0);
     else
         hb_parallel_for(context->pool, batch * groups, attend_groups, &p);
-    free(allocated);
+    hb_scratch_close(&scratch);
     return HB_OK;
 }

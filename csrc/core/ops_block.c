@@ -6,7 +6,6 @@
 #include "core/integers.h"
 #include "core/matrix.h"
 #include "core/ops.h"
-#include "core/scratch.h"
 
 #include <inttypes.h>
 
@@ -57,7 +56,7 @@ hb_status hb_mlp_4bit(hb_context *context, const hb_view *x, const hb_linear4_it
     unsigned char *memory;
     const int64_t gate_at = hb_scratch_reserve(&scratch, bytes_of(&inner[0]));
     const int64_t up_at = hb_scratch_reserve(&scratch, bytes_of(&inner[1]));
-    HB_TRY(hb_scratch_open(&scratch, NULL, 0, function, &memory, error));
+    HB_TRY(hb_scratch_open(&scratch, context->scratch, NULL, 0, function, &memory, error));
     inner[0].data = memory + gate_at;
     inner[1].data = memory + up_at;
     const hb_linear4_item both[2] = {{gate->w, gate->bias, &inner[0]},
@@ -111,7 +110,7 @@ hb_status hb_attend_4bit(hb_context *context, const hb_view *q, const hb_view *k
     hb_scratch scratch = {0};
     unsigned char *memory;
     hb_scratch_reserve(&scratch, bytes_of(&attended));
-    HB_TRY(hb_scratch_open(&scratch, NULL, 0, function, &memory, error));
+    HB_TRY(hb_scratch_open(&scratch, context->scratch, NULL, 0, function, &memory, error));
     attended.data = memory;
     const hb_view rows = joined_heads(&attended);
     hb_status status = hb_attend(context, q, k, v, scale, &attended, error);

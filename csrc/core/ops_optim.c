@@ -16,7 +16,6 @@
 #include "core/sums.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 enum { PIECE = HB_OPTIM_PIECE, BLOCK = HB_OPTIM_BLOCKSIZE };
 
@@ -364,10 +363,18 @@ hb_status hb_optimizer_step(hb_context *context, const hb_device *device, hb_opt
         HB_TRY(hb_check_map8(error, "optimizer_step", map2));
         hb_search8_init(&job.search2, map2);
     }
-    int64_t *first_piece = malloc((size_t)(count + 1) * sizeof *first_piece);
-    job.scalars = malloc((size_t)count * sizeof *job.scalars);
-    hb_status status = HB_ERR_MEMORY;
-    if (first_piece == NULL || job.scalars == NULL) goto done;
+    int64_t pieces = 0;
+    for (int64_t i = 0; i < count; i++) pieces += hb_ceil_div(tensors[i].n, PIECE);
+    hb_scratch scratch = {0};
+    unsigned char *memory;
+    const int64_t first_at =
+        hb_scratch_reserve(&scratch, (count + 1) * (int64_t)sizeof *job.first_piece);
+    const int64_t scalars_at = hb_scratch_reserve(&scratch, count * (int64_t)sizeof *job.scalars);
+    const int64_t norms_at =
+        hb_scratch_reserve(&scratch, limited ? pieces * (int64_t)sizeof *job.norms : 0);
+    HB_TRY(hb_scratch_open(&scratch, context->scratch, NULL, 0, "optimizer_step", &memory, error));
+    int64_t *first_piece = (int64_t *)(memory + first_at);
+    job.scalars = (hb_optim_scalars *)(memory + scalars_at);
     first_piece[0] = 0;
     for (int64_t i = 0; i < count; i++) {
         first_piece[i + 1] = first_piece[i] + hb_ceil_div(tensors[i].n, PIECE);
@@ -375,18 +382,11 @@ hb_status hb_optimizer_step(hb_context *context, const hb_device *device, hb_opt
     }
     job.first_piece = first_piece;
     if (limited) {
-        job.norms = malloc(((size_t)first_piece[count] + 1) * sizeof *job.norms);
-        if (job.norms == NULL) goto done;
-        hb_parallel_for(context->pool, first_piece[count], norm_pieces, &job);
+        job.norms = (hb_optim_squares *)(memory + norms_at);
+        hb_parallel_for(context->pool, pieces, norm_pieces, &job);
         limit_norms(&job, settings);
     }
-    hb_parallel_for(context->pool, first_piece[count], limited ? step_pieces_back : step_pieces,
-                    &job);
-    status = HB_OK;
-done:
-    free(job.norms);
-    free(job.scalars);
-    free(first_piece);
-    if (status != HB_OK) return hb_fail(error, status, "optimizer_step: out of memory");
+    hb_parallel_for(context->pool, pieces, limited ? step_pieces_back : step_pieces, &job);
+    hb_scratch_close(&scratch);
     return HB_OK;
 }

@@ -192,7 +192,8 @@ static void check_tensors8(check *c, const hb_optim_tensor *got, const hb_optim_
 static void check_steps8(check *c, int optimizer, int64_t n, hb_dtype io, int round, bool limited)
 {
     static const float grains[] = {1e-2f, 1e-12f, 1e-21f, 1e18f};
-    hb_context plain = {.kernels = *c->reference, .pool = c->context->pool};
+    hb_context plain = *c->context;
+    plain.kernels = *c->reference;
     const size_t p_bytes = (size_t)n * hb_dtype_bytes(io);
     float map1[256], map2[256], *values = check_buffer(c, (size_t)n * 4, CHECK_END);
     void *g = check_buffer(c, p_bytes, CHECK_END);
