@@ -20,6 +20,7 @@
 #ifndef HB_CPU_LINEAR4_DOT_AVX512_H
 #define HB_CPU_LINEAR4_DOT_AVX512_H
 
+#include "cpu/linear4_ahead.h"
 #include "cpu/linear4_avx512.h"
 
 // Scales of the 256 columns from `column` in the order of lanes of dot's pairs of loads: the
@@ -52,10 +53,7 @@ INLINE __m128 sums_of_lanes(__m512 a, __m512 b, __m512 c, __m512 d)
 }
 
 enum {
-    DOT_GROUP = 16,       // rows of W that use a part of x, where not all do
-    DOT_AHEAD = 8 << 10,  // bytes of codes from the rows of W at work to what is prefetched then
-    DOT_AHEAD_ONE = 1024, // the same, where weights do not stay: what comes into L1 from L2
-    DOT_FAR = 7168,       // and from there to what comes into L2
+    DOT_GROUP = 16, // rows of W that use a part of x, where not all do
 };
 
 // Columns that dot takes at once, of a depth: a multiple of 256.
@@ -96,14 +94,8 @@ INLINE void add_scaled(const __m512 *scale, const __m512 *sum, const int rows, c
 }
 
 // Columns [begin, end) of `rows` rows of W from row `first` times n_x rows of x, both small
-// constants; added to y unless begin is 0. What is at `ahead` and `scales_ahead` is prefetched,
-// rows behind one another; it may lie outside of W.
-//
-// Prefetching: hardware does not follow several short streams; one in the order of addresses it
-// does, and scales, a ninth of all lines, cost as much as they are when only they come late. Into
-// the L2 cache, which can wait for more lines at once than L1. Where not even that is enough (not
-// `keep`: one row of bfloat16) a second step, past the rows in hand, brings them into L1: non-
-// temporal, because a token reads every weight once.
+// constants; added to y unless begin is 0. What is at `ahead` and `scales_ahead` is asked for as in
+// linear4_ahead.h.
 INLINE void dot_some(const hb_matrix4 *w, int64_t first, const uint8_t *ahead,
                      const float *scales_ahead, bool keep, int64_t begin, int64_t end,
                      int64_t depth, int64_t blocksize, dot_codebook codebook, const dot_element *x,
@@ -131,14 +123,7 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, const uint8_t *ahead,
             high[r] = _mm512_unpackhi_epi64(v, v_next);
             scale[r] = pair_scales(absmax[r], k, blocksize, shift);
             const char *line = (const char *)ahead + (k - begin) / 2 * rows + 128 * r;
-            for (int i = 0; i < 128; i += 64) {
-                if (keep) {
-                    _mm_prefetch(line + i, _MM_HINT_T1);
-                } else {
-                    _mm_prefetch(line + i, _MM_HINT_NTA);
-                    _mm_prefetch(line + i + DOT_FAR, _MM_HINT_T1);
-                }
-            }
+            for (int i = 0; i < 128; i += 64) ask_ahead(line + i, keep);
         }
         multiply_words(low, codebook, x + k, x_stride, rows, n_x, false, sum);
         multiply_words(high, codebook, x + k + 128, x_stride, rows, n_x, true, sum);
@@ -164,7 +149,7 @@ INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t
     const bool part = columns < depth;
     const bool keep = part || n_x > 1 || DOT_KEEPS_ONE;
     const int64_t distance =
-        keep ? rows * w->row_bytes + DOT_AHEAD : (rows - 1) * w->row_bytes + DOT_AHEAD_ONE;
+        keep ? rows * w->row_bytes + AHEAD_INTO_L2 : (rows - 1) * w->row_bytes + AHEAD_INTO_L1;
     const int64_t group = part ? DOT_GROUP : n_rows;
     for (int64_t g = 0; g < n_rows; g += group) {
         const int64_t row_end = hb_least(g + group, n_rows);

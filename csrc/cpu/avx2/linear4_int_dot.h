@@ -22,6 +22,7 @@
 #define HB_CPU_AVX2_LINEAR4_INT_DOT_H
 
 #include "cpu/avx2/io.h"
+#include "cpu/linear4_ahead.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -40,6 +41,11 @@ enum {
     ELEMENT_I8 = VNNI ? 1 : 2,
     EXTRA_I16 = 4,
     EXTRA_I8 = VNNI ? 36 : 4,
+#ifdef __AVX512VL__
+    ROWS_OF_TWO = 4, // of W, for two rows of x: 32 registers
+#else
+    ROWS_OF_TWO = 2,
+#endif
 };
 
 // Elements [at, at + 64) of x, zeros from `end` on, as int16 codes in plain order: 16 a vector.
@@ -247,16 +253,22 @@ INLINE float sum_of_lanes(__m256 v)
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// `rows` rows of W from row `first` against n_x rows of x, both small constants.
+// `rows` (1, 2 or 4) rows of W from row `first` against n_x rows of x, all small constants. Codes
+// and scales of the rows that come next are asked for in the order of addresses (linear4_ahead.h).
 INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, const int shift,
                      const book *b, const uint8_t *x, const int rows, const int n_x,
                      const bool wide, float *y, int64_t y_stride)
 {
     const int64_t x_bytes = x_row_bytes(depth, wide);
-    const uint8_t *packed[2];
-    const float *absmax[2], *x_scale[DOT_ROWS];
+    const uint8_t *packed[4];
+    const float *absmax[4], *x_scale[DOT_ROWS];
     __m256 total[2][DOT_ROWS * 2];
-#pragma GCC unroll 2
+    const bool keep = n_x > 1;
+    const int64_t distance =
+        keep ? rows * w->row_bytes + AHEAD_INTO_L2 : (rows - 1) * w->row_bytes + AHEAD_INTO_L1;
+    const char *ahead = (const char *)w->packed + first * w->row_bytes + distance;
+    const float *scales_ahead = w->absmax + first * w->absmax_stride + (distance * 2 >> shift);
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
         packed[r] = w->packed + (first + r) * w->row_bytes;
         absmax[r] = w->absmax + (first + r) * w->absmax_stride;
@@ -271,14 +283,15 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, const in
             const int64_t at = k + c * INT_CHUNK;
             if (at >= depth) break;
             const bool half = depth - at < INT_CHUNK;
-#pragma GCC unroll 2
+            if (c == 0)
+                _mm_prefetch((const char *)(scales_ahead + (k >> shift) * rows), _MM_HINT_T0);
+#pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 const void *from = packed[r] + at / 2;
                 __m256i weights[4];
                 __m256i bytes =
                     half ? _mm256_zextsi128_si256(_mm_loadu_si128(from)) : _mm256_loadu_si256(from);
-                if (c == 0) // the rows that come next
-                    _mm_prefetch((const char *)from + rows * w->row_bytes, _MM_HINT_T0);
+                if (c == 0) ask_ahead(ahead + k / 2 * rows + 64 * r, keep);
                 look_up(b, bytes, wide, weights);
                 const __m256 scale = chunk_scale(absmax[r], at, shift, half);
 #pragma GCC unroll 4
@@ -295,7 +308,7 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, const in
             }
         }
     const float unscale = w->rounded->step / (wide ? 0x1p-14f : 0x1p-7f);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int t = 0; t < n_x; t++) {
@@ -320,12 +333,12 @@ INLINE void dot_shift(const hb_matrix4 *w, int64_t n_rows, int64_t depth, const 
                       const book *b, const uint8_t *x, int n_x, const bool wide, float *y,
                       int64_t y_stride)
 {
-    // Two rows of W share the loads of one row of x.
+    // Rows of W share the loads of x; 8 sums are two for each pair of rows, in 16 registers.
     switch (n_x) {
-    case 1: dot_rows(w, n_rows, depth, shift, b, x, 2, 1, wide, y, y_stride); break;
-    case 2: dot_rows(w, n_rows, depth, shift, b, x, 1, 2, wide, y, y_stride); break;
-    case 3: dot_rows(w, n_rows, depth, shift, b, x, 1, 3, wide, y, y_stride); break;
-    default: dot_rows(w, n_rows, depth, shift, b, x, 1, 4, wide, y, y_stride); break;
+    case 1: dot_rows(w, n_rows, depth, shift, b, x, 4, 1, wide, y, y_stride); break;
+    case 2: dot_rows(w, n_rows, depth, shift, b, x, ROWS_OF_TWO, 2, wide, y, y_stride); break;
+    case 3: dot_rows(w, n_rows, depth, shift, b, x, 2, 3, wide, y, y_stride); break;
+    default: dot_rows(w, n_rows, depth, shift, b, x, 2, 4, wide, y, y_stride); break;
     }
 }
 
