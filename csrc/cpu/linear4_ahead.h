@@ -18,13 +18,17 @@ enum {
     AHEAD_FAR = 7168,     // and from there to what comes into L2
 };
 
-static inline __attribute__((always_inline)) void ask_ahead(const char *line, const bool keep)
+static inline __attribute__((always_inline)) void ask_ahead(const char *line, const int lines,
+                                                            const bool keep)
 {
-    if (keep) {
-        _mm_prefetch(line, _MM_HINT_T1);
-    } else {
-        _mm_prefetch(line, _MM_HINT_NTA);
-        _mm_prefetch(line + AHEAD_FAR, _MM_HINT_T1);
+#pragma GCC unroll 2
+    for (int i = 0; i < 64 * lines; i += 64) {
+        if (keep) {
+            _mm_prefetch(line + i, _MM_HINT_T1);
+        } else {
+            _mm_prefetch(line + i, _MM_HINT_NTA);
+            _mm_prefetch(line + i + AHEAD_FAR, _MM_HINT_T1);
+        }
     }
 }
 

@@ -123,7 +123,7 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, const uint8_t *ahead,
             high[r] = _mm512_unpackhi_epi64(v, v_next);
             scale[r] = pair_scales(absmax[r], k, blocksize, shift);
             const char *line = (const char *)ahead + (k - begin) / 2 * rows + 128 * r;
-            for (int i = 0; i < 128; i += 64) ask_ahead(line + i, keep);
+            ask_ahead(line, 2, keep);
         }
         multiply_words(low, codebook, x + k, x_stride, rows, n_x, false, sum);
         multiply_words(high, codebook, x + k + 128, x_stride, rows, n_x, true, sum);

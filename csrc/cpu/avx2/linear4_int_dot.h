@@ -253,60 +253,69 @@ INLINE float sum_of_lanes(__m256 v)
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// The 64 columns from `k` (32 when `half`) of `rows` rows of W, their codes at `packed`, against
+// n_x rows of x; added to total[r * n_x + t].
+INLINE void dot_chunk(const hb_matrix4 *w, const uint8_t *packed, const float *absmax, int64_t k,
+                      const int shift, const bool half, const book *b, const uint8_t *x,
+                      int64_t depth, const int rows, const int n_x, const bool wide, __m256 *total)
+{
+    const int64_t x_bytes = x_row_bytes(depth, wide);
+    const uint8_t *codes = x + k * (wide ? ELEMENT_I16 : ELEMENT_I8);
+    const uint8_t *begins = begins_of(x, depth) + k / 2;
+    const float *x_scales = scales_of(x, depth, wide) + k / INT_CHUNK;
+    // All rows by strides from one pointer: a pointer for each would not fit in registers.
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        const void *from = packed + r * w->row_bytes;
+        __m256i weights[4];
+        look_up(b, half ? _mm256_zextsi128_si256(_mm_loadu_si128(from)) : _mm256_loadu_si256(from),
+                wide, weights);
+        const __m256 scale = chunk_scale(absmax + r * w->absmax_stride, k, shift, half);
+#pragma GCC unroll 4
+        for (int t = 0; t < n_x; t++) {
+            const __m256i *begin = (const void *)(begins + t * x_bytes);
+            __m256 sum = _mm256_cvtepi32_ps(
+                products(weights, (const void *)(codes + t * x_bytes), begin, wide));
+            __m256 both = _mm256_mul_ps(
+                scale, _mm256_broadcast_ss((const void *)((const char *)x_scales + t * x_bytes)));
+            total[r * n_x + t] = _mm256_fmadd_ps(sum, both, total[r * n_x + t]);
+        }
+    }
+}
+
 // `rows` (1, 2 or 4) rows of W from row `first` against n_x rows of x, all small constants. Codes
 // and scales of the rows that come next are asked for in the order of addresses (linear4_ahead.h).
 INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, const int shift,
                      const book *b, const uint8_t *x, const int rows, const int n_x,
                      const bool wide, float *y, int64_t y_stride)
 {
-    const int64_t x_bytes = x_row_bytes(depth, wide);
-    const uint8_t *packed[4];
-    const float *absmax[4], *x_scale[DOT_ROWS];
-    __m256 total[2][DOT_ROWS * 2];
+    const uint8_t *packed = w->packed + first * w->row_bytes;
+    const float *absmax = w->absmax + first * w->absmax_stride;
     const bool keep = n_x > 1;
     const int64_t distance =
         keep ? rows * w->row_bytes + AHEAD_INTO_L2 : (rows - 1) * w->row_bytes + AHEAD_INTO_L1;
-    const char *ahead = (const char *)w->packed + first * w->row_bytes + distance;
-    const float *scales_ahead = w->absmax + first * w->absmax_stride + (distance * 2 >> shift);
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-        packed[r] = w->packed + (first + r) * w->row_bytes;
-        absmax[r] = w->absmax + (first + r) * w->absmax_stride;
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < n_x; t++) x_scale[t] = scales_of(x + t * x_bytes, depth, wide);
+    const char *ahead = (const char *)packed + distance;
+    const float *scales_ahead = absmax + (distance * 2 >> shift);
+    __m256 total[2][DOT_ROWS * 2];
 #pragma GCC unroll 8
     for (int i = 0; i < rows * n_x; i++) total[0][i] = total[1][i] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < depth; k += 2 * INT_CHUNK)
+    int64_t k = 0;
+    for (; k + 2 * INT_CHUNK <= depth; k += 2 * INT_CHUNK, packed += INT_CHUNK) {
+        _mm_prefetch((const char *)(scales_ahead + (k >> shift) * rows), _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) ask_ahead(ahead + 64 * r, 1, keep);
+        ahead += 64 * rows;
 #pragma GCC unroll 2
-        for (int c = 0; c < 2; c++) {
-            const int64_t at = k + c * INT_CHUNK;
-            if (at >= depth) break;
-            const bool half = depth - at < INT_CHUNK;
-            if (c == 0)
-                _mm_prefetch((const char *)(scales_ahead + (k >> shift) * rows), _MM_HINT_T0);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                const void *from = packed[r] + at / 2;
-                __m256i weights[4];
-                __m256i bytes =
-                    half ? _mm256_zextsi128_si256(_mm_loadu_si128(from)) : _mm256_loadu_si256(from);
-                if (c == 0) ask_ahead(ahead + k / 2 * rows + 64 * r, keep);
-                look_up(b, bytes, wide, weights);
-                const __m256 scale = chunk_scale(absmax[r], at, shift, half);
-#pragma GCC unroll 4
-                for (int t = 0; t < n_x; t++) {
-                    const __m256i *codes =
-                        (const void *)(x + t * x_bytes + at * (wide ? ELEMENT_I16 : ELEMENT_I8));
-                    const __m256i *begin =
-                        (const void *)(begins_of(x + t * x_bytes, depth) + at / 2);
-                    __m256 sum = _mm256_cvtepi32_ps(products(weights, codes, begin, wide));
-                    __m256 both =
-                        _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scale[t] + at / INT_CHUNK));
-                    total[c][r * n_x + t] = _mm256_fmadd_ps(sum, both, total[c][r * n_x + t]);
-                }
-            }
-        }
+        for (int c = 0; c < 2; c++)
+            dot_chunk(w, packed + c * INT_CHUNK / 2, absmax, k + c * INT_CHUNK, shift, false, b, x,
+                      depth, rows, n_x, wide, total[c]);
+    }
+    for (int c = 0; k < depth; c++, k += INT_CHUNK, packed += INT_CHUNK / 2) {
+        if (depth - k < INT_CHUNK)
+            dot_chunk(w, packed, absmax, k, shift, true, b, x, depth, rows, n_x, wide, total[c]);
+        else
+            dot_chunk(w, packed, absmax, k, shift, false, b, x, depth, rows, n_x, wide, total[c]);
+    }
     const float unscale = w->rounded->step / (wide ? 0x1p-14f : 0x1p-7f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
