@@ -11,33 +11,9 @@
 #include "core/formats.h"
 
 // A short way to the code, for maps like the dynamic ones: symmetric about code `zero` (or without
-// negative entries), and the magnitudes fall into eight ranges, in each of which the thresholds are
-// evenly spaced. With a = min(|v|, 1) (without negative entries max(v, 0) for |v|) and
-// d = #{k < 7: a > border[k]},
-//
-//   q = min(trunc(slope[d] * a + offset[d]), cap[d]),   code = zero +- floor(q / HB_LADDER_UNIT)
-//
-// unless q mod HB_LADDER_UNIT is 0 or HB_LADDER_UNIT - 1: so near to a threshold (and for NaN)
-// only a search decides. Negative codes saturate at 0. hb_ladder8_guess(a) is d or d - 1.
-enum { HB_LADDER_SHIFT = 12, HB_LADDER_UNIT = 1 << HB_LADDER_SHIFT };
-typedef struct {
-    bool fits; // otherwise there is only the search
-    bool is_signed;
-    int32_t zero;
-    float border[8]; // [7] is +inf
-    float slope[8], offset[8];
-    int32_t cap[8];
-} hb_ladder8;
-// The range of a <= 1, by a straight line in place of the logarithm: RATE / 2^16 is log10(2) / 2^7.
-enum { HB_LADDER_FLOOR = 13546, HB_LADDER_RATE = 154 };
-static inline unsigned hb_ladder8_guess(float a)
-{
-    unsigned high = hb_f32_bits(a) >> 16;
-    return (high > HB_LADDER_FLOOR ? high - HB_LADDER_FLOOR : 0) * HB_LADDER_RATE >> 16;
-}
-
-// A shorter way still, where registers are wide: each decade of magnitudes is brought to [1, 2),
-// where its 2^r codes are the first r bits behind the binary point. With a as above, but at least
+// negative entries), and the magnitudes fall into decades, in each of which the thresholds are
+// evenly spaced. Each decade is brought to [1, 2), where its 2^r codes are the first r bits behind
+// the binary point. With a = min(|v|, 1) (without negative entries max(v, 0) for |v|), but at least
 // HB_DECADE_FLOOR, and e = #{k < 8: a > border k} (0: code `zero`, 1..7: a decade each, 8: the last
 // code),
 //
@@ -46,17 +22,54 @@ static inline unsigned hb_ladder8_guess(float a)
 //   t = min(trunc(2^31 w), 2^32 - 1) >> place
 //   byte 2 of t = code - zero (unsigned: + 1, modulo 256)
 //
-// unless the low word of t is below HB_DECADE_NEAR: only a search decides. The minimum, at which
-// conversions saturate, is in the last step of every decade, but not near its end. The slopes hold
-// the factor 2^31.
+// unless the low word of t is below HB_DECADE_NEAR (and for NaN): only a search decides. Negative
+// codes saturate at 0. The minimum, at which conversions saturate, is in the last step of every
+// decade, but not near its end. The slopes hold the factor 2^31.
+//
+// Where a register has eight lanes and conversions give signed numbers,
+//
+//   place - 1 = (offset8[hb_decade8_group(a) % 8] - bits of a) >> 27
+//   t = min(trunc(2^30 w), 2^31 - 128) >> (place - 1)                 slope8[(place - 1) % 8]
+//
+// with the factor 2^30, and the high word of t is code - zero (unsigned: max(code + 1, 1); w is
+// below 1 for code 0, which has the slope of the last code). A group holds one border at most.
 typedef struct {
-    bool fits;
-    uint32_t offset[32];
-    float slope[16];
+    bool fits; // otherwise there is only the search
+    bool is_signed;
+    int32_t zero;
+    uint32_t offset[32], offset8[8];
+    float slope[16], slope8[8];
 } hb_decades8;
 #define HB_DECADE_FLOOR 1e-7f
 #define HB_DECADE_BASE  (0x1.c71c72p-1f + 0x1p-20f) // 8/9, and 8 units in the last place of w
-enum { HB_DECADE_NEAR = 16 };
+// RATE / 2^16 is log10(2) / 2^7: a straight line in place of the logarithm.
+enum { HB_DECADE_NEAR = 16, HB_DECADE_RATE = 154 };
+static inline unsigned hb_decade8_group(float a)
+{
+    return (hb_f32_bits(a) >> 16) * HB_DECADE_RATE >> 16;
+}
+
+// The way back: the entries of a decade lie on a line, up to a few units in the last place. Code c
+// has the number k = |c - 127|, or (c + 1) % 256 without negative entries; its magnitude is
+//
+//   the float whose bits are those of fma(slope[x % 8], x, offset[x % 8]), plus more(k)
+//
+// where x = hb_line8_x is 256 times k's place in its decade, plus the number of the line; bit b of
+// more(k) is bit k % 8 of more[b][k / 8 % 32] (0 for k = 128 of a signed map).
+typedef struct {
+    bool fits, is_signed;
+    float slope[8], offset[8];
+    uint8_t more[3][32];
+} hb_lines8;
+// Line 0 has 0 and the last code.
+static inline uint32_t hb_line8_x(bool is_signed, uint32_t k)
+{
+    if (k < 2 && !is_signed) return k * 256;
+    if (k == 128 && is_signed) return 8;
+    if (k == 0) return 0;
+    const uint32_t r = 31 - (uint32_t)__builtin_clz(k);
+    return (k - (1u << r)) * 256 + r + is_signed;
+}
 
 // What an 8-bit encoder needs of a map: the code of v is #{i < 255: v > threshold[i]}, ascending.
 // [255] is +inf, so that 16 lanes can be filled. `tree` holds the same thresholds as a search tree:
@@ -65,8 +78,8 @@ enum { HB_DECADE_NEAR = 16 };
 typedef struct {
     float threshold[256];
     float tree[256];
-    hb_ladder8 ladder;
     hb_decades8 decades;
+    hb_lines8 lines;
 } hb_search8;
 static inline uint8_t hb_search8_code(const hb_search8 *search, float v)
 {

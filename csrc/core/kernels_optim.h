@@ -51,7 +51,7 @@ typedef void hb_narrow_fn(const float *x, int64_t n, void *out);
 typedef void hb_keep_sign_fn(const float *x, int64_t n, int zero, uint8_t *codes);
 
 // 8-bit states of whole blocks of 256 elements, with what it takes to decode and encode them. The
-// maps have a ladder; that of map1 is signed, that of map2 is not. AdEMAMix's slow state is of
+// maps have decades; that of map1 is signed, that of map2 is not. AdEMAMix's slow state is of
 // map1; one state: only what ends in 1.
 typedef struct {
     uint8_t *codes1, *slow_codes, *codes2;  // [blocks * 256]
@@ -110,7 +110,7 @@ void hb_optim_table_neon(hb_kernels_optim *kernels);
     HB_DECLARE_STEP8(adagrad, isa)                                                                 \
     HB_DECLARE_NORM8(adam, isa)                                                                    \
     HB_DECLARE_NORM8(momentum, isa)
-HB_DECLARE_STEP8(adam, avx2)
+HB_DECLARE_OPTIM8(avx2)
 HB_DECLARE_OPTIM8(avx512)
 HB_DECLARE_OPTIM8(avx512vbmi)
 

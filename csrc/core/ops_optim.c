@@ -164,9 +164,9 @@ static bool is_for_fused(const step_job *job, const hb_optim_tensor *t)
 {
     const hb_search8 *search1 = &job->search1, *search2 = &job->search2;
     if (!t->state_is_8bit || job->skip_zeros || t->p_dtype != t->g_dtype) return false;
-    if (!search1->decades.fits || !search1->ladder.is_signed) return false;
+    if (!search1->decades.fits || !search1->decades.is_signed) return false;
     return !has_second_state(job->optimizer) ||
-           (search2->decades.fits && !search2->ladder.is_signed);
+           (search2->decades.fits && !search2->decades.is_signed);
 }
 
 static hb_states8 states_at(const step_job *job, const hb_optim_tensor *t, int64_t first)

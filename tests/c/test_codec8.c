@@ -61,9 +61,9 @@ CHECK_GROUP_ONCE(codec8_maps)
             CHECK(c, search.threshold[i - 1] <= search.threshold[i], "%s: threshold %d",
                   names[which], i);
         CHECK(c,
-              search.ladder.fits == (which <= HB_MAP_DYNAMIC_UNSIGNED) &&
-                  search.decades.fits == search.ladder.fits,
-              "%s: ladder %d", names[which], search.ladder.fits);
+              search.decades.fits == (which <= HB_MAP_DYNAMIC_UNSIGNED) &&
+                  search.lines.fits == search.decades.fits,
+              "%s: decades %d, lines %d", names[which], search.decades.fits, search.lines.fits);
         // The tree holds each threshold once.
         for (int leaf = 256; leaf < 512; leaf++)
             for (int node = leaf; node > 1; node /= 2) {
@@ -204,7 +204,7 @@ CHECK_GROUP(codec8_every_value)
     }
 }
 
-// Maps that are nearly dynamic: either the ladder is refused, or it still finds every code.
+// Maps that are nearly dynamic: either the decades are refused, or they still find every code.
 CHECK_GROUP(codec8_near_maps)
 {
     enum { N = 255 * 9 + 1025, ROUNDS = 200 };
@@ -227,7 +227,7 @@ CHECK_GROUP(codec8_near_maps)
                 map[i] = moved;
         }
         hb_search8_init(&search, map);
-        fitting += search.ladder.fits && search.decades.fits;
+        fitting += search.decades.fits;
         int64_t n = 0;
         for (int t = 0; t < 255; t++)
             for (int ulp = -4; ulp <= 4; ulp++)
@@ -238,7 +238,7 @@ CHECK_GROUP(codec8_near_maps)
         check_equal(c, got, want, (size_t)n, "nearly dynamic map %d", round);
     }
     if (!c->emulated)
-        CHECK(c, fitting > ROUNDS / 20 && fitting < ROUNDS, "%d of %d maps have a ladder", fitting,
+        CHECK(c, fitting > ROUNDS / 20 && fitting < ROUNDS, "%d of %d maps have decades", fitting,
               ROUNDS);
 }
 

@@ -256,6 +256,68 @@ CHECK_GROUP(optim_step8)
         }
 }
 
+// Every code of both maps, dynamic and nearly so, as a state: what the step moves p by says to
+// which float it was decoded.
+CHECK_GROUP(optim_step8_every_code)
+{
+    enum { N = HB_OPTIM_BLOCKSIZE, ROUNDS = 60 };
+    if (!CHECK_NEW(c, optim.step8[HB_ADAM][HB_F32])) return;
+    hb_search8 *search = check_buffer(c, 2 * sizeof *search, CHECK_BEGIN);
+    float *g = check_buffer(c, N * 4, CHECK_END), *p = check_buffer(c, N * 4, CHECK_END);
+    float *want = check_buffer(c, N * 4, CHECK_END);
+    uint8_t *codes1 = check_buffer(c, N, CHECK_END), *codes2 = check_buffer(c, N, CHECK_END);
+    memset(g, 0, N * 4);
+    int fitting = 0;
+    for (int round = 0; round < ROUNDS; round++) {
+        float map[2][256], absmax1 = 0.7f, absmax2 = 0.3f;
+        const float size = exp2f(-(float)(round % 25));
+        for (int k = 0; k < 2; k++) {
+            hb_map8_fill(k ? HB_MAP_DYNAMIC_UNSIGNED : HB_MAP_DYNAMIC, map[k]);
+            for (int i = 1; i < 255 && round > 0; i++) {
+                const float moved = map[k][i] * (1 + size * check_random_normal(c));
+                if (map[k][i - 1] <= moved && moved <= map[k][i + 1] && moved != 0.0f)
+                    map[k][i] = moved;
+            }
+            hb_search8_init(&search[k], map[k]);
+            if (!search[k].decades.fits) { // not for these kernels
+                hb_map8_fill(k ? HB_MAP_DYNAMIC_UNSIGNED : HB_MAP_DYNAMIC, map[k]);
+                hb_search8_init(&search[k], map[k]);
+            }
+            fitting += search[k].lines.fits;
+        }
+        const hb_states8 states = {.codes1 = codes1,
+                                   .codes2 = codes2,
+                                   .absmax1 = &absmax1,
+                                   .absmax2 = &absmax2,
+                                   .map1 = map[0],
+                                   .map2 = map[1],
+                                   .search1 = &search[0],
+                                   .search2 = &search[1]};
+        for (int second = 0; second < 2; second++) {
+            // p = -m, or -(0.7 / sqrt(v)) with the largest m
+            const hb_optim_scalars s = {.gnorm_scale = 1.0f,
+                                        .keep = 1.0f,
+                                        .beta1 = 1.0f,
+                                        .beta2 = 1.0f,
+                                        .inv_corr2 = second ? 1.0f : 0.0f,
+                                        .eps = second ? 0.0f : 1.0f,
+                                        .step_size = 1.0f,
+                                        .scale = 1.0f};
+            absmax1 = 0.7f, absmax2 = 0.3f;
+            for (int i = 0; i < N; i++) {
+                codes1[i] = second ? 255 : (uint8_t)i;
+                codes2[i] = second ? (uint8_t)(255 - i) : 1;
+                p[i] = 0.0f;
+                const float m = map[0][codes1[i]] * absmax1, v = map[1][codes2[i]] * absmax2;
+                want[i] = 0.0f - m / (sqrtf(v) * s.inv_corr2 + s.eps);
+            }
+            c->kernels->optim.step8[HB_ADAM][HB_F32](p, g, 1, &states, &s);
+            if (!check_equal(c, p, want, N * 4, "round %d, state %d", round, second + 1)) return;
+        }
+    }
+    CHECK(c, fitting >= 2 && fitting < 2 * ROUNDS, "%d of %d maps have lines", fitting, 2 * ROUNDS);
+}
+
 // Every float32 up to 1 as a state (in first steps m is the gradient), and their squares as Adam's
 // second state, in blocks whose largest is 1: the codes of the separate kernels, which
 // codec8_every_value compares with the map itself.

@@ -1,34 +1,70 @@
 // 8-bit block-wise format with AVX2. Formula, layout, source: ref/codec8.c.
 //
-// Encode: for maps with a ladder (kernels_codec.h) 32 codes at once by arithmetic; where one of
+// Encode: for maps with decades (kernels_codec.h) 32 codes at once by arithmetic; where one of
 // them is too near to a threshold, and for all other maps, eight steps down the search tree, of
 // which levels 0..5 stay in registers (63 thresholds) and the last two are gathered. Decode: a
 // gather per eight elements. Accuracy: bit-equal to the reference.
 #include "cpu/avx2/ladder8.h"
 
-static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *search,
-                                int64_t blocksize, const float *absmax, uint8_t *codes, hb_dtype io)
+// v of 32 elements, 8 each.
+static inline void load_thirty_two(const void *x, int64_t i, __m256 inverse, hb_dtype io,
+                                   __m256 v[4])
 {
-    const ladder l = load_ladder(&search->ladder);
+    for (int g = 0; g < 4; g++) v[g] = _mm256_mul_ps(load_f32x8(x, i + 8 * g, io), inverse);
+}
+
+// Seldom, one of 100 groups of 32: all of them. Loads them once more, so that nothing has to be
+// kept for this.
+static __attribute__((noinline)) void search_thirty_two(const hb_search8 *search, const void *x,
+                                                        int64_t i, __m256 inverse, hb_dtype io,
+                                                        uint8_t *codes)
+{
+    const tree t = load_tree(search);
+    __m256 v[4];
+    load_thirty_two(x, i, inverse, io, v);
+    for (int g = 0; g < 4; g++) {
+        const uint64_t bytes = low_bytes(code_of(&t, v[g]));
+        memcpy(codes + 8 * g, &bytes, 8);
+    }
+}
+
+// The codes of 32 elements of a block from i.
+static inline __attribute__((always_inline)) void climb_thirty_two(const ladder *l, const void *x,
+                                                                   int64_t i, __m256 inverse,
+                                                                   const hb_search8 *search,
+                                                                   uint8_t *codes, hb_dtype io)
+{
+    __m256 v[4];
+    __m256i t[4];
+    load_thirty_two(x, i, inverse, io, v);
+    for (int g = 0; g < 4; g++)
+        t[g] = climb(l, _mm256_min_ps(magnitude(l, v[g]), _mm256_set1_ps(1.0f)));
+    __m256i code = pack_steps(l, t);
+    if (l->is_signed) code = codes_of_steps(l, code, pack_signs(v));
+    _mm256_storeu_si256((void *)codes, in_order(code));
+    const __m256 nan = _mm256_or_ps(_mm256_cmp_ps(v[0], v[1], _CMP_UNORD_Q),
+                                    _mm256_cmp_ps(v[2], v[3], _CMP_UNORD_Q));
+    const unsigned near = near_a_threshold(t) | (unsigned)_mm256_movemask_ps(nan);
+    if (__builtin_expect(near != 0, 0)) search_thirty_two(search, x, i, inverse, io, codes);
+}
+
+static inline __attribute__((always_inline)) void
+climb_blocks(const void *x, int64_t n, const hb_search8 *search, int64_t blocksize,
+             const float *absmax, uint8_t *codes, hb_dtype io, bool is_signed)
+{
+    const size_t bytes = hb_dtype_bytes(io);
+    ladder l = load_ladder(search);
+    l.is_signed = is_signed; // known to the compiler
     for (int64_t i = 0; i < n; absmax++) {
         const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;
-        for (; i < end; i += 32) {
-            uint8_t part[32], *target = i + 32 <= end ? codes + i : part;
-            __m256 v[4];
-            __m256i steps[4], near[4];
-            for (int g = 0; g < 4; g++) {
-                v[g] = _mm256_setzero_ps();
-                if (i + 8 * g < end)
-                    v[g] = _mm256_mul_ps(load_upto_f32x8(x, i + 8 * g, end, io), inverse);
-                steps[g] = climb(&l, v[g], &near[g]);
-            }
-            _mm256_storeu_si256((void *)target, thirty_two_codes(&l, v, steps));
-            __m256i any = _mm256_or_si256(_mm256_or_si256(near[0], near[1]),
-                                          _mm256_or_si256(near[2], near[3]));
-            if (__builtin_expect(!_mm256_testz_si256(any, any), 0))
-                search_thirty_two(search, v, target);
-            if (target == part) memcpy(codes + i, part, (size_t)(end - i));
+        for (; end - i >= 32; i += 32) climb_thirty_two(&l, x, i, inverse, search, codes + i, io);
+        if (i < end) {
+            float rest[32] = {0};
+            uint8_t some[32];
+            memcpy(rest, (const uint8_t *)x + (size_t)i * bytes, (size_t)(end - i) * bytes);
+            climb_thirty_two(&l, rest, 0, inverse, search, some, io);
+            memcpy(codes + i, some, (size_t)(end - i));
         }
         i = end;
     }
@@ -75,8 +111,10 @@ static inline void decode_blocks(const uint8_t *codes, int64_t n, const float *m
     void hb_map8_encode_##io##_avx2(const void *x, int64_t n, const hb_search8 *search,            \
                                     int64_t blocksize, const float *absmax, uint8_t *codes)        \
     {                                                                                              \
-        if (search->ladder.fits)                                                                   \
-            climb_blocks(x, n, search, blocksize, absmax, codes, dtype);                           \
+        if (search->decades.fits && search->decades.is_signed)                                     \
+            climb_blocks(x, n, search, blocksize, absmax, codes, dtype, true);                     \
+        else if (search->decades.fits)                                                             \
+            climb_blocks(x, n, search, blocksize, absmax, codes, dtype, false);                    \
         else                                                                                       \
             search_blocks(x, n, search, blocksize, absmax, codes, dtype);                          \
     }                                                                                              \

@@ -84,14 +84,14 @@ static inline __m256 magnitude_f32x8(__m256 value)
     return _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
 }
 
-// The largest of eight magnitudes, or NaN: their bit patterns order like the numbers.
+// The largest of eight magnitudes, or NaN (of any sign): their bit patterns order like the numbers.
 static inline float largest_of_magnitudes(__m256i bits)
 {
-    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-    int32_t largest = _mm_cvtsi128_si32(m);
-    return hb_f32_from_bits(largest > 0x7f800000 ? HB_NAN_BITS : (uint32_t)largest);
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    const uint32_t largest = (uint32_t)_mm_cvtsi128_si32(m);
+    return hb_f32_from_bits(largest > 0x7f800000 ? HB_NAN_BITS : largest);
 }
 
 #endif

@@ -1,4 +1,4 @@
-// From v to 8-bit codes with AVX2: the ladder and the search of kernels_codec.h.
+// From v to 8-bit codes with AVX2: the decades and the search of kernels_codec.h.
 #ifndef HB_CPU_AVX2_LADDER8_H
 #define HB_CPU_AVX2_LADDER8_H
 
@@ -66,74 +66,85 @@ static inline uint64_t low_bytes(__m256i lanes)
 }
 
 typedef struct {
-    __m256 border, slope, offset;
-    __m256i cap;
+    __m256i offset;
+    __m256 slope;
     __m256i zero; // bytes
     bool is_signed;
 } ladder;
 
-static inline ladder load_ladder(const hb_ladder8 *from)
+static inline ladder load_ladder(const hb_search8 *search)
 {
+    const hb_decades8 *from = &search->decades;
     return (ladder){
-        .border = _mm256_loadu_ps(from->border),
-        .slope = _mm256_loadu_ps(from->slope),
-        .offset = _mm256_loadu_ps(from->offset),
-        .cap = _mm256_loadu_si256((const void *)from->cap),
+        .offset = _mm256_loadu_si256((const void *)from->offset8),
+        .slope = _mm256_loadu_ps(from->slope8),
         .zero = _mm256_set1_epi8((char)from->zero),
         .is_signed = from->is_signed,
     };
 }
 
-// floor(q / UNIT) of eight elements; lanes of `near` become -1 where only the search can decide.
-static inline __m256i climb(const ladder *l, __m256 v, __m256i *near)
+// t of eight a.
+static inline __m256i climb(const ladder *l, __m256 a)
 {
-    // As integers negative numbers become 0. min gives its second operand for NaN, and the
-    // conversion to q INT_MIN.
-    __m256i bits = _mm256_castps_si256(v);
-    bits = l->is_signed ? _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff))
-                        : _mm256_max_epi32(bits, _mm256_setzero_si256());
-    __m256 a = _mm256_min_ps(_mm256_set1_ps(1.0f), _mm256_castsi256_ps(bits));
-    __m256i high = _mm256_srli_epi32(_mm256_castps_si256(a), 16);
-    high = _mm256_subs_epu16(high, _mm256_set1_epi32(HB_LADDER_FLOOR));
-    __m256i range = _mm256_mulhi_epu16(high, _mm256_set1_epi32(HB_LADDER_RATE));
-    __m256 above = _mm256_cmp_ps(a, _mm256_permutevar8x32_ps(l->border, range), _CMP_GT_OQ);
-    range = _mm256_sub_epi32(range, _mm256_castps_si256(above));
-    __m256i q = _mm256_cvttps_epi32(_mm256_fmadd_ps(_mm256_permutevar8x32_ps(l->slope, range), a,
-                                                    _mm256_permutevar8x32_ps(l->offset, range)));
-    q = _mm256_min_epi32(q, _mm256_permutevar8x32_epi32(l->cap, range));
-    __m256i rest = _mm256_and_si256(_mm256_add_epi32(q, _mm256_set1_epi32(1)),
-                                    _mm256_set1_epi32(HB_LADDER_UNIT - 2));
-    *near = _mm256_cmpeq_epi32(rest, _mm256_setzero_si256());
-    return _mm256_srli_epi32(q, HB_LADDER_SHIFT);
+    __m256i bits = _mm256_castps_si256(a);
+    __m256i group = _mm256_mulhi_epu16(bits, _mm256_set1_epi32(HB_DECADE_RATE << 16));
+    __m256i offset = _mm256_permutevar8x32_epi32(l->offset, _mm256_srli_epi32(group, 16));
+    __m256i place = _mm256_srli_epi32(_mm256_sub_epi32(offset, bits), 27);
+    __m256 w = _mm256_fmadd_ps(_mm256_permutevar8x32_ps(l->slope, place), a,
+                               _mm256_set1_ps(0x1p30f * HB_DECADE_BASE));
+    w = _mm256_min_ps(w, _mm256_set1_ps(0x1.fffffep30f));
+    return _mm256_srlv_epi32(_mm256_cvttps_epi32(w), place);
 }
 
-// Packs steps to bytes, away from `zero` on the side of v's sign.
-static inline __m256i thirty_two_codes(const ladder *l, const __m256 v[4], const __m256i steps[4])
+// a of v <= 1; NaN becomes HB_DECADE_FLOOR.
+static inline __m256 magnitude(const ladder *l, __m256 v)
 {
-    // Packing works in 128-bit lanes: dword 4 k + g of the result comes from vector g.
-    const __m256i transpose = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(steps[0], steps[1]),
-                                        _mm256_packs_epi32(steps[2], steps[3]));
-    if (l->is_signed) {
-        __m256i sign[4]; // packing with saturation keeps the sign
-        for (int g = 0; g < 4; g++) sign[g] = _mm256_castps_si256(v[g]);
-        __m256i negative = _mm256_packs_epi16(_mm256_packs_epi32(sign[0], sign[1]),
-                                              _mm256_packs_epi32(sign[2], sign[3]));
-        bytes = _mm256_blendv_epi8(_mm256_add_epi8(l->zero, bytes),
-                                   _mm256_subs_epu8(l->zero, bytes), negative);
-    }
-    return _mm256_permutevar8x32_epi32(bytes, transpose);
+    return _mm256_max_ps(l->is_signed ? magnitude_f32x8(v) : v, _mm256_set1_ps(HB_DECADE_FLOOR));
 }
 
-// Seldom: two of 4096 values, and blocks of zeros, whose v is NaN.
-static __attribute__((noinline)) void search_thirty_two(const hb_search8 *search, const __m256 v[4],
-                                                        uint8_t *codes)
+// Lane i says that only the search can decide on lane i of one of the four.
+static inline unsigned near_a_threshold(const __m256i t[4])
 {
-    const tree t = load_tree(search);
-    for (int g = 0; g < 4; g++) {
-        uint64_t bytes = low_bytes(code_of(&t, v[g]));
-        memcpy(codes + 8 * g, &bytes, 8);
+    __m256i least = _mm256_min_epu16(_mm256_min_epu16(t[0], t[1]), _mm256_min_epu16(t[2], t[3]));
+    least = _mm256_and_si256(least, _mm256_set1_epi32(0x10000 - HB_DECADE_NEAR));
+    least = _mm256_cmpeq_epi32(least, _mm256_setzero_si256());
+    return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(least));
+}
+
+// Packing works in 128-bit lanes: dword 4 k + g of what is packed comes from vector g.
+static inline __m256i in_order(__m256i packed)
+{
+    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// -1 in the bytes of the 32 lanes whose sign is set, packed.
+static inline __m256i pack_signs(const __m256 v[4])
+{
+    __m256i sign[4]; // packing with saturation keeps it
+    for (int g = 0; g < 4; g++) sign[g] = _mm256_castps_si256(v[g]);
+    return _mm256_packs_epi16(_mm256_packs_epi32(sign[0], sign[1]),
+                              _mm256_packs_epi32(sign[2], sign[3]));
+}
+
+// The high words of 32 t as bytes, packed; of a map without negative entries one less.
+static inline __m256i pack_steps(const ladder *l, const __m256i t[4])
+{
+    __m256i word[4];
+    for (int g = 0; g < 4; g++) word[g] = _mm256_srli_epi32(t[g], 16);
+    __m256i low = _mm256_packus_epi32(word[0], word[1]),
+            high = _mm256_packus_epi32(word[2], word[3]);
+    if (!l->is_signed) {
+        low = _mm256_subs_epu16(low, _mm256_set1_epi16(1));
+        high = _mm256_subs_epu16(high, _mm256_set1_epi16(1));
     }
+    return _mm256_packus_epi16(low, high);
+}
+
+// The codes `steps` away from `zero`, below it where the sign of `negative` is set; they saturate.
+static inline __m256i codes_of_steps(const ladder *l, __m256i steps, __m256i negative)
+{
+    return _mm256_blendv_epi8(_mm256_add_epi8(l->zero, steps), _mm256_subs_epu8(l->zero, steps),
+                              negative);
 }
 
 #endif

@@ -9,6 +9,6 @@ void hb_table_avx2(hb_kernels *kernels)
     hb_dense_table_avx2(&kernels->dense);
     hb_fused_table_avx2(&kernels->fused);
     hb_optim_table_avx2(&kernels->optim);
-    HB_SET_IO(kernels->optim, step8[HB_ADAM], dyn8_adam, avx2);
+    HB_SET_OPTIM8(kernels->optim, avx2);
     hb_ruler_table_avx2(&kernels->ruler);
 }

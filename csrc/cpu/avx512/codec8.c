@@ -127,7 +127,7 @@ static inline void decode_blocks(const uint8_t *codes, int64_t n, const float *m
     void hb_map8_encode_##io##_avx512(const void *x, int64_t n, const hb_search8 *search,          \
                                       int64_t blocksize, const float *absmax, uint8_t *codes)      \
     {                                                                                              \
-        if (search->decades.fits && search->ladder.is_signed)                                      \
+        if (search->decades.fits && search->decades.is_signed)                                     \
             climb_blocks(x, n, search, blocksize, absmax, codes, dtype, true);                     \
         else if (search->decades.fits)                                                             \
             climb_blocks(x, n, search, blocksize, absmax, codes, dtype, false);                    \

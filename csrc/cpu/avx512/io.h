@@ -23,14 +23,6 @@ static inline __m512 load_f32x16(const void *x, int64_t i, hb_dtype io)
     return widen_f32x16(_mm256_loadu_si256((const void *)((const uint16_t *)x + i)), io);
 }
 
-static inline __m128 load_f32x4(const void *x, int64_t i, hb_dtype io)
-{
-    if (io == HB_F32) return _mm_loadu_ps((const float *)x + i);
-    const __m128i half = _mm_loadl_epi64((const void *)((const uint16_t *)x + i));
-    if (io == HB_F16) return _mm_cvtph_ps(half);
-    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
-}
-
 // Lanes outside `lanes` are not read and hold 0.
 static inline __m512 load_lanes_f32x16(const void *x, int64_t i, __mmask16 lanes, hb_dtype io)
 {
@@ -87,11 +79,12 @@ static inline __m512 magnitude_f32x16(__m512 value)
         _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff)));
 }
 
-// The largest of sixteen magnitudes, or NaN: their bit patterns order like the numbers.
+// The largest of sixteen magnitudes, or NaN (of any sign): their bit patterns order like the
+// numbers.
 static inline float largest_of_magnitudes(__m512i bits)
 {
-    int32_t largest = _mm512_reduce_max_epi32(bits);
-    return hb_f32_from_bits(largest > 0x7f800000 ? HB_NAN_BITS : (uint32_t)largest);
+    const uint32_t largest = _mm512_reduce_max_epu32(bits);
+    return hb_f32_from_bits(largest > 0x7f800000 ? HB_NAN_BITS : largest);
 }
 
 #endif

@@ -70,11 +70,11 @@ typedef struct {
 static inline ladder load_ladder(const hb_search8 *search)
 {
     const hb_decades8 *from = &search->decades;
-    const bool is_signed = search->ladder.is_signed;
+    const bool is_signed = from->is_signed;
     return (ladder){
         .offset = {_mm512_loadu_si512(from->offset), _mm512_loadu_si512(from->offset + 16)},
         .slope = _mm512_loadu_ps(from->slope),
-        .zero = _mm512_set1_epi8((char)(is_signed ? search->ladder.zero : -1)),
+        .zero = _mm512_set1_epi8((char)(is_signed ? from->zero : -1)),
         .is_signed = is_signed,
     };
 }

@@ -1,10 +1,13 @@
-// Steps on 8-bit blocks with AVX-512 F/BW/DQ/VL: a gather per sixteen codes. How: states8.h.
+// Steps on 8-bit blocks with AVX-512 F/BW/DQ/VL: a gather per sixteen codes. How: cpu/states8.h.
 #include "cpu/avx512/words8.h"
+
+#include "cpu/avx512/states8.h"
 
 typedef const float *decoder;
 
-static inline decoder make_decoder(const float *map)
+static inline decoder make_decoder(const float *map, const hb_search8 *search, bool is_signed)
 {
+    (void)search, (void)is_signed;
     return map;
 }
 
@@ -16,9 +19,9 @@ static inline void decode(const decoder *d, const uint8_t *codes, __m512 value[4
     }
 }
 
-#include "cpu/avx512/adam8.h"
-#include "cpu/avx512/norm8.h"
-#include "cpu/avx512/single8.h"
+#include "cpu/adam8.h"
+#include "cpu/norm8.h"
+#include "cpu/single8.h"
 
 #define OPTIM8(io, dtype)                                                                          \
     ADAM8(io, dtype, avx512)                                                                       \

@@ -1,12 +1,15 @@
 // Steps on 8-bit blocks with AVX-512 VBMI: codes are looked up in planes of bytes. How:
-// avx512/states8.h.
+// cpu/states8.h.
 #include "cpu/avx512vbmi/planes8.h"
 #include "cpu/avx512vbmi/words8.h"
 
+#include "cpu/avx512/states8.h"
+
 typedef planes decoder;
 
-static inline decoder make_decoder(const float *map)
+static inline decoder make_decoder(const float *map, const hb_search8 *search, bool is_signed)
 {
+    (void)search, (void)is_signed;
     return split_map(map);
 }
 
@@ -15,9 +18,9 @@ static inline void decode(const decoder *d, const uint8_t *codes, __m512 value[4
     look_up_sixty_four(d, _mm512_loadu_si512(codes), value);
 }
 
-#include "cpu/avx512/adam8.h"
-#include "cpu/avx512/norm8.h"
-#include "cpu/avx512/single8.h"
+#include "cpu/adam8.h"
+#include "cpu/norm8.h"
+#include "cpu/single8.h"
 
 #define OPTIM8(io, dtype)                                                                          \
     ADAM8(io, dtype, avx512vbmi)                                                                   \

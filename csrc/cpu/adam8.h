@@ -1,4 +1,4 @@
-// A step of Adam or AdEMAMix on whole 8-bit blocks with AVX-512. How: states8.h.
+// A step of Adam or AdEMAMix on whole 8-bit blocks. How: states8.h.
 //
 // p moves in the second loop, where the states are encoded, so that the divider and the pipes of
 // integers work side by side.
@@ -6,7 +6,10 @@
 // The states of an element whose gradient is not finite must become zero. Its v would be infinite
 // or NaN, and so the block's maximum says that there is one: the whole block is then done by plain
 // C.
-#include "cpu/avx512/states8.h"
+#ifndef HB_CPU_ADAM8_H
+#define HB_CPU_ADAM8_H
+
+#include "cpu/states8.h"
 
 #include <math.h>
 
@@ -82,50 +85,49 @@ typedef struct {
 // is only fetched.)
 INLINE adam_absmax average_block(const void *p, const void *g, int64_t block,
                                  const hb_states8 *states, const adam_maps *maps,
-                                 const step_f32x16 *s, bool mix, bool scaled, hb_dtype io,
-                                 group *to, int k)
+                                 const step_lanes *s, bool mix, bool scaled, hb_dtype io, group *to,
+                                 int k)
 {
     const uint8_t *codes1 = states->codes1 + block * BLOCK;
     const uint8_t *codes2 = states->codes2 + block * BLOCK;
     const uint8_t *slow_codes = mix ? states->slow_codes + block * BLOCK : NULL;
-    const __m512 scale1 = _mm512_set1_ps(states->absmax1[block]);
-    const __m512 scale2 = _mm512_set1_ps(states->absmax2[block]);
-    const __m512 slow_scale = _mm512_set1_ps(mix ? states->slow_absmax[block] : 0.0f);
-    __m512i max1 = _mm512_setzero_si512(), max_slow = max1, max2 = max1;
-    for (int i = 0; i < BLOCK; i += 64) {
+    const vector scale1 = V(set1_ps)(states->absmax1[block]);
+    const vector scale2 = V(set1_ps)(states->absmax2[block]);
+    const vector slow_scale = V(set1_ps)(mix ? states->slow_absmax[block] : 0.0f);
+    integers max1 = no_bits(), max_slow = max1, max2 = max1;
+    for (int i = 0; i < BLOCK; i += STEP) {
         prefetch_elements(p, block * BLOCK + i, (int64_t)hb_dtype_bytes(io));
-        __m512 first[4], slow[4], second[4];
+        vector first[4], slow[4], second[4];
         decode(&maps->decoder1, codes1 + i, first);
         if (mix) decode(&maps->decoder1, slow_codes + i, slow);
         decode(&maps->decoder2, codes2 + i, second);
         for (int l = 0; l < 4; l++) {
-            const int at = k * BLOCK + i + 16 * l;
-            __m512 gradient = load_f32x16(g, block * BLOCK + i + 16 * l, io);
-            if (scaled) gradient = _mm512_mul_ps(s->gnorm, gradient);
-            __m512 m = _mm512_mul_ps(first[l], scale1), v = _mm512_mul_ps(second[l], scale2);
-            m = _mm512_add_ps(_mm512_mul_ps(s->beta1, m), _mm512_mul_ps(s->rest1, gradient));
-            v = _mm512_add_ps(_mm512_mul_ps(s->beta2, v),
-                              _mm512_mul_ps(s->rest2, _mm512_mul_ps(gradient, gradient)));
+            const int at = k * BLOCK + i + LANES * l;
+            vector gradient = load_lanes(g, block * BLOCK + i + LANES * l, io);
+            if (scaled) gradient = V(mul_ps)(s->gnorm, gradient);
+            vector m = V(mul_ps)(first[l], scale1), v = V(mul_ps)(second[l], scale2);
+            m = V(add_ps)(V(mul_ps)(s->beta1, m), V(mul_ps)(s->rest1, gradient));
+            v = V(add_ps)(V(mul_ps)(s->beta2, v),
+                          V(mul_ps)(s->rest2, V(mul_ps)(gradient, gradient)));
             max1 = keep_state(&to->m, at, m, max1);
             if (mix) {
-                m = _mm512_mul_ps(s->beta3, _mm512_mul_ps(slow[l], slow_scale));
-                m = _mm512_add_ps(m, _mm512_mul_ps(s->rest3, gradient));
+                m = V(mul_ps)(s->beta3, V(mul_ps)(slow[l], slow_scale));
+                m = V(add_ps)(m, V(mul_ps)(s->rest3, gradient));
                 max_slow = keep_state(&to->slow, at, m, max_slow);
             }
-            _mm512_store_ps(to->v + at, v);
+            V(store_ps)(to->v + at, v);
             // v is not negative; a NaN may be, and is large without a sign, too.
-            max2 = _mm512_max_epu32(max2, _mm512_castps_si512(v));
+            max2 = V(max_epu32)(max2, bits_of(v));
         }
     }
-    const uint32_t bits = _mm512_reduce_max_epu32(max2);
     return (adam_absmax){.m = largest_of_magnitudes(max1),
                          .slow = mix ? largest_of_magnitudes(max_slow) : 0.0f,
-                         .v = hb_f32_from_bits(bits > 0x7f800000u ? HB_NAN_BITS : bits)};
+                         .v = largest_of_magnitudes(max2)};
 }
 
 // Moves the parameters of a block, number `k` of the group, and encodes its states.
 INLINE void move_block(void *p, const void *g, int64_t block, const hb_states8 *states,
-                       const adam_maps *maps, const step_f32x16 *s, bool mix, hb_dtype io,
+                       const adam_maps *maps, const step_lanes *s, bool mix, hb_dtype io,
                        const group *from, int k)
 {
     uint8_t *codes1 = states->codes1 + block * BLOCK, *codes2 = states->codes2 + block * BLOCK;
@@ -136,28 +138,28 @@ INLINE void move_block(void *p, const void *g, int64_t block, const hb_states8 *
     const float slow_absmax = mix ? states->slow_absmax[block] : 0.0f;
     const float inverse1 = hb_inverse_scale(absmax1), inverse2 = hb_inverse_scale(absmax2);
     const float slow_inverse = hb_inverse_scale(slow_absmax);
-    const __m512 inverse_m = _mm512_set1_ps(inverse1), inverse_v = _mm512_set1_ps(inverse2);
-    const __m512 inverse_slow = _mm512_set1_ps(slow_inverse);
-    for (int i = 0; i < BLOCK; i += 64) {
+    const vector inverse_m = V(set1_ps)(inverse1), inverse_v = V(set1_ps)(inverse2);
+    const vector inverse_slow = V(set1_ps)(slow_inverse);
+    for (int i = 0; i < BLOCK; i += STEP) {
         const int64_t ahead = (block + GROUP) * BLOCK + i;
         prefetch_elements(g, ahead, (int64_t)hb_dtype_bytes(io));
         prefetch_elements(states->codes1, ahead, 1);
         if (mix) prefetch_elements(states->slow_codes, ahead, 1);
         prefetch_elements(states->codes2, ahead, 1);
-        __m512i t1[4], slow_t[4], t2[4];
+        integers t1[4], slow_t[4], t2[4];
         for (int l = 0; l < 4; l++) {
-            const int64_t at = block * BLOCK + i + 16 * l;
-            __m512 m = _mm512_load_ps(ms + i + 16 * l), v = _mm512_load_ps(vs + i + 16 * l);
+            const int64_t at = block * BLOCK + i + LANES * l;
+            vector m = V(load_ps)(ms + i + LANES * l), v = V(load_ps)(vs + i + LANES * l);
             t1[l] = climb_state(&maps->ladder1, m, inverse_m);
             if (mix) {
-                __m512 slow = _mm512_load_ps(slows + i + 16 * l);
+                vector slow = V(load_ps)(slows + i + LANES * l);
                 slow_t[l] = climb_state(&maps->ladder1, slow, inverse_slow);
-                m = _mm512_add_ps(_mm512_mul_ps(m, s->inv_corr1), _mm512_mul_ps(s->alpha, slow));
+                m = V(add_ps)(V(mul_ps)(m, s->inv_corr1), V(mul_ps)(s->alpha, slow));
             }
-            __m512 root = _mm512_mul_ps(_mm512_sqrt_ps(v), s->inv_corr2);
-            __m512 update = _mm512_mul_ps(s->size, _mm512_div_ps(m, _mm512_add_ps(root, s->eps)));
-            __m512 parameter = _mm512_mul_ps(s->keep, load_f32x16(p, at, io));
-            store_f32x16(p, at, _mm512_sub_ps(parameter, update), false, io);
+            vector root = V(mul_ps)(V(sqrt_ps)(v), s->inv_corr2);
+            vector update = V(mul_ps)(s->size, V(div_ps)(m, V(add_ps)(root, s->eps)));
+            vector parameter = V(mul_ps)(s->keep, load_lanes(p, at, io));
+            store_lanes(p, at, V(sub_ps)(parameter, update), io);
             t2[l] = climb_state(&maps->ladder2, v, inverse_v);
         }
         unsigned slow_near = 0;
@@ -166,8 +168,7 @@ INLINE void move_block(void *p, const void *g, int64_t block, const hb_states8 *
         if (mix)
             slow_near = store_signed_codes(&maps->ladder1, slow_t, &from->slow, k * BLOCK + i,
                                            slow_codes + i);
-        _mm512_storeu_si512(codes2 + i, _mm512_add_epi8(maps->ladder2.zero, third_bytes(t2)));
-        const unsigned near2 = near_a_threshold(t2);
+        const unsigned near2 = store_codes(&maps->ladder2, t2, codes2 + i);
         if (__builtin_expect((near1 | slow_near | near2) != 0, 0)) {
             search_lanes(ms + i, inverse1, states->search1, true, near1, codes1 + i);
             if (mix)
@@ -185,11 +186,11 @@ INLINE void move_block(void *p, const void *g, int64_t block, const hb_states8 *
 INLINE void adam8(void *p, const void *g, int64_t blocks, const hb_states8 *states,
                   const hb_optim_scalars *scalars, bool mix, bool scaled, hb_dtype io)
 {
-    const adam_maps maps = {.decoder1 = make_decoder(states->map1),
-                            .decoder2 = make_decoder(states->map2),
+    const adam_maps maps = {.decoder1 = make_decoder(states->map1, states->search1, true),
+                            .decoder2 = make_decoder(states->map2, states->search2, false),
                             .ladder1 = load_ladder_of(states->search1, true),
                             .ladder2 = load_ladder_of(states->search2, false)};
-    const step_f32x16 s = broadcast_scalars(mix ? HB_ADEMAMIX : HB_ADAM, scalars);
+    const step_lanes s = broadcast_scalars(mix ? HB_ADEMAMIX : HB_ADAM, scalars);
     group new;
     for (int64_t first = 0; first < blocks; first += GROUP) {
         const int count = blocks - first < GROUP ? (int)(blocks - first) : GROUP;
@@ -229,3 +230,5 @@ INLINE void adam8(void *p, const void *g, int64_t blocks, const hb_states8 *stat
         else                                                                                       \
             adam8(p, g, blocks, states, scalars, true, true, dtype);                               \
     }
+
+#endif

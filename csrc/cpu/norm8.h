@@ -1,10 +1,13 @@
-// The norms of LAMB and LARS with 8-bit states, whole blocks with AVX-512. Formula:
+// The norms of LAMB and LARS with 8-bit states, whole blocks. Formula:
 // hb_optim_norm_fn; the order of the sums: core/sums.h, a block being a row of lanes. How a block
 // is decoded: states8.h.
 //
 // The updates of a piece stay in the L1 cache until their squares are added up: a loop for
 // decoding, which stores no sums, and one for sums, which are in registers.
-#include "cpu/avx512/states8.h"
+#ifndef HB_CPU_NORM8_H
+#define HB_CPU_NORM8_H
+
+#include "cpu/states8.h"
 
 #include "core/sums.h"
 
@@ -18,39 +21,47 @@ static inline void touch_element(const void *x, int64_t i, int64_t bytes)
 // The updates of a block. optimizer: HB_ADAM or HB_MOMENTUM.
 INLINE void update_block(hb_optimizer optimizer, const void *p, const void *g, int64_t block,
                          const hb_states8 *states, const decoder *decoder1, const decoder *decoder2,
-                         const step_f32x16 *s, hb_dtype io, float updates[BLOCK])
+                         const step_lanes *s, hb_dtype io, float updates[BLOCK])
 {
     const bool two = optimizer == HB_ADAM;
-    const __m512 scale1 = _mm512_set1_ps(states->absmax1[block]);
-    const __m512 scale2 = _mm512_set1_ps(two ? states->absmax2[block] : 0.0f);
-    for (int i = 0; i < BLOCK; i += 64) {
+    const vector scale1 = V(set1_ps)(states->absmax1[block]);
+    const vector scale2 = V(set1_ps)(two ? states->absmax2[block] : 0.0f);
+    for (int i = 0; i < BLOCK; i += STEP) {
         const int64_t first = block * BLOCK + i, ahead = first + 2 * GROUP * BLOCK;
         prefetch_elements(p, ahead, (int64_t)hb_dtype_bytes(io));
         prefetch_elements(g, ahead, (int64_t)hb_dtype_bytes(io));
         prefetch_elements(states->codes1, ahead, 1);
         if (two) prefetch_elements(states->codes2, ahead, 1);
-        __m512 state1[4], state2[4];
+        vector state1[4], state2[4];
         decode(decoder1, states->codes1 + first, state1);
         if (two) decode(decoder2, states->codes2 + first, state2);
         for (int l = 0; l < 4; l++) {
-            __m512 gradient = _mm512_mul_ps(s->gnorm, load_f32x16(g, first + 16 * l, io)), update;
-            const __m512 m = _mm512_mul_ps(s->beta1, _mm512_mul_ps(state1[l], scale1));
+            vector gradient = V(mul_ps)(s->gnorm, load_lanes(g, first + LANES * l, io)), update;
+            const vector m = V(mul_ps)(s->beta1, V(mul_ps)(state1[l], scale1));
             if (two) {
-                touch_element(p, first + 16 * l, (int64_t)hb_dtype_bytes(io));
-                __m512 v = _mm512_mul_ps(s->beta2, _mm512_mul_ps(state2[l], scale2));
-                v = _mm512_add_ps(v, _mm512_mul_ps(s->rest2, _mm512_mul_ps(gradient, gradient)));
-                update = _mm512_add_ps(m, _mm512_mul_ps(s->rest1, gradient));
-                update = _mm512_mul_ps(update, s->inv_corr1);
-                v = _mm512_add_ps(_mm512_mul_ps(_mm512_sqrt_ps(v), s->inv_corr2), s->eps);
-                update = _mm512_div_ps(update, v);
+                touch_element(p, first + LANES * l, (int64_t)hb_dtype_bytes(io));
+                vector v = V(mul_ps)(s->beta2, V(mul_ps)(state2[l], scale2));
+                v = V(add_ps)(v, V(mul_ps)(s->rest2, V(mul_ps)(gradient, gradient)));
+                update = V(add_ps)(m, V(mul_ps)(s->rest1, gradient));
+                update = V(mul_ps)(update, s->inv_corr1);
+                v = V(add_ps)(V(mul_ps)(V(sqrt_ps)(v), s->inv_corr2), s->eps);
+                update = V(div_ps)(update, v);
             } else {
-                const __m512 parameter = load_f32x16(p, first + 16 * l, io);
-                gradient = _mm512_add_ps(gradient, _mm512_mul_ps(s->decay, parameter));
-                update = _mm512_add_ps(m, gradient);
+                const vector parameter = load_lanes(p, first + LANES * l, io);
+                gradient = V(add_ps)(gradient, V(mul_ps)(s->decay, parameter));
+                update = V(add_ps)(m, gradient);
             }
-            _mm512_store_ps(updates + i + 16 * l, update);
+            V(store_ps)(updates + i + LANES * l, update);
         }
     }
+}
+
+INLINE __m128 load_f32x4(const void *x, int64_t i, hb_dtype io)
+{
+    if (io == HB_F32) return _mm_loadu_ps((const float *)x + i);
+    const __m128i half = _mm_loadl_epi64((const void *)((const uint16_t *)x + i));
+    if (io == HB_F16) return _mm_cvtph_ps(half);
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
 }
 
 // The sum of the squares of whole blocks from element `first` of x. Some lanes of all blocks at a
@@ -80,9 +91,10 @@ INLINE void norm8(hb_optimizer optimizer, const void *p, const void *g, int64_t 
 {
     enum { PIECE_BLOCKS = HB_OPTIM_PIECE / BLOCK };
     _Static_assert((int)BLOCK == (int)HB_SUM_LANES, "a block is a row of lanes");
-    const decoder decoder1 = make_decoder(states->map1);
-    const decoder decoder2 = make_decoder(optimizer == HB_ADAM ? states->map2 : states->map1);
-    const step_f32x16 s = broadcast_scalars(optimizer, scalars);
+    const decoder decoder1 = make_decoder(states->map1, states->search1, true);
+    const decoder decoder2 =
+        optimizer == HB_ADAM ? make_decoder(states->map2, states->search2, false) : decoder1;
+    const step_lanes s = broadcast_scalars(optimizer, scalars);
     _Alignas(64) float updates[HB_OPTIM_PIECE];
     for (int64_t first = 0; first < blocks; first += PIECE_BLOCKS) {
         const int64_t count = blocks - first < PIECE_BLOCKS ? blocks - first : PIECE_BLOCKS;
@@ -104,3 +116,5 @@ INLINE void norm8(hb_optimizer optimizer, const void *p, const void *g, int64_t 
 #define NORM8(io, dtype, isa)                                                                      \
     NORM8_OF(adam, HB_ADAM, io, dtype, isa)                                                        \
     NORM8_OF(momentum, HB_MOMENTUM, io, dtype, isa)
+
+#endif
