@@ -56,7 +56,7 @@ static inline step_lanes broadcast_scalars(hb_optimizer optimizer, const hb_opti
 
 // Fetches elements [first, first + 64) of x, for every 64th `first`. The prefetchers of the
 // processor stop at the end of a page, which four streams reach every thousand elements.
-INLINE void prefetch_elements(const void *x, int64_t first, int64_t bytes)
+static inline void prefetch_elements(const void *x, int64_t first, int64_t bytes)
 {
     const uintptr_t at = (uintptr_t)x + (uintptr_t)(first * bytes);
     if (STEP < 64 && first % 64 != 0) return;
