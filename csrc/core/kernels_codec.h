@@ -49,28 +49,6 @@ static inline unsigned hb_decade8_group(float a)
     return (hb_f32_bits(a) >> 16) * HB_DECADE_RATE >> 16;
 }
 
-// The way back: the entries of a decade lie on a line, up to a few units in the last place. Code c
-// has the number k = |c - 127|, or (c + 1) % 256 without negative entries; its magnitude is
-//
-//   the float whose bits are those of fma(slope[x % 8], x, offset[x % 8]), plus more(k)
-//
-// where x = hb_line8_x is 256 times k's place in its decade, plus the number of the line; bit b of
-// more(k) is bit k % 8 of more[b][k / 8 % 32] (0 for k = 128 of a signed map).
-typedef struct {
-    bool fits, is_signed;
-    float slope[8], offset[8];
-    uint8_t more[3][32];
-} hb_lines8;
-// Line 0 has 0 and the last code.
-static inline uint32_t hb_line8_x(bool is_signed, uint32_t k)
-{
-    if (k < 2 && !is_signed) return k * 256;
-    if (k == 128 && is_signed) return 8;
-    if (k == 0) return 0;
-    const uint32_t r = 31 - (uint32_t)__builtin_clz(k);
-    return (k - (1u << r)) * 256 + r + is_signed;
-}
-
 // What an 8-bit encoder needs of a map: the code of v is #{i < 255: v > threshold[i]}, ascending.
 // [255] is +inf, so that 16 lanes can be filled. `tree` holds the same thresholds as a search tree:
 // from node k (root 1; [0] is unused) v > tree[k] leads to 2k + 1, otherwise to 2k; code = leaf -
@@ -79,7 +57,6 @@ typedef struct {
     float threshold[256];
     float tree[256];
     hb_decades8 decades;
-    hb_lines8 lines;
 } hb_search8;
 static inline uint8_t hb_search8_code(const hb_search8 *search, float v)
 {

@@ -157,64 +157,6 @@ static void fit_decades(hb_search8 *search, const float *map)
     decades->fits = fits;
 }
 
-// One line of hb_lines8: the entries in between are at most 7 units above it. The sum in float64
-// is rounded once more than a fused multiply-add is; that matters where it ends in the middle
-// between two float32, which is refused.
-static bool fit_line(hb_lines8 *lines, const float *magnitude, int line, int count,
-                     const uint8_t number[128])
-{
-    enum { TRIES = 16, MIDDLE = 0x10000000, BELOW = 0x1fffffff };
-    const bool is_signed = lines->is_signed;
-    const double x0 = hb_line8_x(is_signed, number[0]);
-    const double x1 = hb_line8_x(is_signed, number[count - 1]);
-    const double y0 = (double)magnitude[number[0]], y1 = (double)magnitude[number[count - 1]];
-    const float slope = count > 1 ? (float)((y1 - y0) / (x1 - x0)) : 0.0f;
-    float offset = (float)(y0 - (double)slope * x0);
-    for (int i = 0; i < TRIES; i++, offset = hb_f32_from_bits(hb_f32_bits(offset) - 1)) {
-        uint32_t most = 0;
-        for (int k = 0; k < count && most < 8; k++) {
-            const double y =
-                (double)slope * (double)hb_line8_x(is_signed, number[k]) + (double)offset;
-            uint64_t bits;
-            memcpy(&bits, &y, sizeof bits);
-            const uint32_t more = hb_f32_bits(magnitude[number[k]]) - hb_f32_bits((float)y);
-            most = more > most ? more : most; // negative: large
-            if ((bits & BELOW) == MIDDLE) most = 8;
-            for (int bit = 0; bit < 3; bit++)
-                if (more >> bit & 1)
-                    lines->more[bit][number[k] / 8] |= (uint8_t)(1 << number[k] % 8);
-        }
-        lines->slope[line] = slope;
-        lines->offset[line] = offset;
-        if (most < 8) return true;
-        for (int k = 0; k < count; k++)
-            for (int bit = 0; bit < 3; bit++)
-                lines->more[bit][number[k] / 8] &= (uint8_t)~(1 << number[k] % 8);
-    }
-    return false;
-}
-
-// Sets the lines for this map, or leaves fits = false.
-static void fit_lines(hb_search8 *search, const float *map)
-{
-    hb_lines8 *lines = &search->lines;
-    *lines = (hb_lines8){.is_signed = search->decades.is_signed};
-    if (!search->decades.fits) return;
-    float magnitude[256]; // by number
-    uint8_t number[8][128];
-    int count[8] = {0};
-    bool fits = true;
-    for (int k = 0; k < (lines->is_signed ? 129 : 256); k++) {
-        magnitude[k] = lines->is_signed ? map[127 + k] : map[(k + 255) % 256];
-        if (lines->is_signed && k < 128) fits = fits && map[127 - k] == -map[127 + k];
-        const uint32_t line = hb_line8_x(lines->is_signed, (uint32_t)k) % 8;
-        number[line][count[line]++] = (uint8_t)k;
-    }
-    for (int line = 0; line < 8; line++)
-        fits = fits && fit_line(lines, magnitude, line, count[line], number[line]);
-    lines->fits = fits;
-}
-
 void hb_search8_init(hb_search8 *search, const float *map)
 {
     // Between entries i and i + 1 lies m, their midpoint in float32 arithmetic as bitsandbytes'
@@ -240,5 +182,4 @@ void hb_search8_init(hb_search8 *search, const float *map)
         for (int k = 0; k < 1 << level; k++)
             search->tree[(1 << level) + k] = search->threshold[(2 * k + 1) * (128 >> level) - 1];
     fit_decades(search, map);
-    fit_lines(search, map);
 }

@@ -186,8 +186,8 @@ INLINE void move_block(void *p, const void *g, int64_t block, const hb_states8 *
 INLINE void adam8(void *p, const void *g, int64_t blocks, const hb_states8 *states,
                   const hb_optim_scalars *scalars, bool mix, bool scaled, hb_dtype io)
 {
-    const adam_maps maps = {.decoder1 = make_decoder(states->map1, states->search1, true),
-                            .decoder2 = make_decoder(states->map2, states->search2, false),
+    const adam_maps maps = {.decoder1 = make_decoder(states->map1),
+                            .decoder2 = make_decoder(states->map2),
                             .ladder1 = load_ladder_of(states->search1, true),
                             .ladder2 = load_ladder_of(states->search2, false)};
     const step_lanes s = broadcast_scalars(mix ? HB_ADEMAMIX : HB_ADAM, scalars);

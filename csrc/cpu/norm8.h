@@ -91,9 +91,8 @@ INLINE void norm8(hb_optimizer optimizer, const void *p, const void *g, int64_t 
 {
     enum { PIECE_BLOCKS = HB_OPTIM_PIECE / BLOCK };
     _Static_assert((int)BLOCK == (int)HB_SUM_LANES, "a block is a row of lanes");
-    const decoder decoder1 = make_decoder(states->map1, states->search1, true);
-    const decoder decoder2 =
-        optimizer == HB_ADAM ? make_decoder(states->map2, states->search2, false) : decoder1;
+    const decoder decoder1 = make_decoder(states->map1);
+    const decoder decoder2 = optimizer == HB_ADAM ? make_decoder(states->map2) : decoder1;
     const step_lanes s = broadcast_scalars(optimizer, scalars);
     _Alignas(64) float updates[HB_OPTIM_PIECE];
     for (int64_t first = 0; first < blocks; first += PIECE_BLOCKS) {

@@ -88,7 +88,7 @@ INLINE void encode_state(const void *p, const void *g, int64_t block, const hb_s
 INLINE void single8(hb_optimizer optimizer, void *p, const void *g, int64_t blocks,
                     const hb_states8 *states, const hb_optim_scalars *scalars, hb_dtype io)
 {
-    const decoder decoder1 = make_decoder(states->map1, states->search1, true);
+    const decoder decoder1 = make_decoder(states->map1);
     const ladder ladder1 = load_ladder_of(states->search1, true);
     const step_lanes s = broadcast_scalars(optimizer, scalars);
     new_state new;

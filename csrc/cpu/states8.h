@@ -13,7 +13,7 @@
 //     load_lanes(x, i, io), store_lanes(x, i, v, io)            from and to any io dtype
 //     is_finite(v), where(mask, yes, no), only(mask, v)         only: zero elsewhere
 //     sign_of(v)                                                1 or -1; zeros and NaN stay
-//     decoder, make_decoder(map, search, is_signed), decode(decoder, codes, v)   STEP codes
+//     decoder, make_decoder(map), decode(decoder, codes, v)     the map, prepared; STEP codes
 //     new_state                                                 .value[GROUP * BLOCK], aligned
 //     keep_state(to, at, v, max)                                stores v, and max with |v|
 //     ladder, load_ladder(search), climb_state(ladder, v, inverse)   t of kernels_codec.h

@@ -84,6 +84,21 @@ static inline __m256 magnitude_f32x8(__m256 value)
     return _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
 }
 
+static inline __m128 look_up_four(const float *map, const uint8_t *codes)
+{
+    __m128 v = _mm_load_ss(map + codes[0]);
+    v = _mm_insert_ps(v, _mm_load_ss(map + codes[1]), 0x10);
+    v = _mm_insert_ps(v, _mm_load_ss(map + codes[2]), 0x20);
+    return _mm_insert_ps(v, _mm_load_ss(map + codes[3]), 0x30);
+}
+
+// The entries of eight codes, one after the other: a gather takes twice as long on Zen 4, and far
+// longer where its leaks have been mended.
+static inline __m256 look_up_eight(const float *map, const uint8_t *codes)
+{
+    return _mm256_set_m128(look_up_four(map, codes + 4), look_up_four(map, codes));
+}
+
 // The largest of eight magnitudes, or NaN (of any sign): their bit patterns order like the numbers.
 static inline float largest_of_magnitudes(__m256i bits)
 {

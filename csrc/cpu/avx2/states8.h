@@ -1,15 +1,29 @@
-// The vectors of cpu/states8.h with AVX2. Decoding: lines8.h; encoding: ladder8.h.
+// The vectors of cpu/states8.h with AVX2. Encoding: ladder8.h.
 #ifndef HB_CPU_AVX2_STATES8_H
 #define HB_CPU_AVX2_STATES8_H
 
 #include "cpu/avx2/ladder8.h"
-#include "cpu/avx2/lines8.h"
+
+// Optimizer and dtype are constants for the compiler.
+#define INLINE static inline __attribute__((always_inline))
 
 enum { BLOCK = 256, GROUP = 2 /* blocks */, LANES = 8 };
 typedef __m256 vector;
 typedef __m256i integers;
 typedef __m256 lanes_mask;
 #define V(op) _mm256_##op
+
+typedef const float *decoder;
+
+INLINE decoder make_decoder(const float *map)
+{
+    return map;
+}
+
+INLINE void decode(const decoder *d, const uint8_t *codes, __m256 value[4])
+{
+    for (int g = 0; g < 4; g++) value[g] = look_up_eight(*d, codes + 8 * g);
+}
 
 // A state of the blocks of a group after the step.
 typedef struct {

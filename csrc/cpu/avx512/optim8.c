@@ -5,9 +5,8 @@
 
 typedef const float *decoder;
 
-static inline decoder make_decoder(const float *map, const hb_search8 *search, bool is_signed)
+static inline decoder make_decoder(const float *map)
 {
-    (void)search, (void)is_signed;
     return map;
 }
 

@@ -7,9 +7,8 @@
 
 typedef planes decoder;
 
-static inline decoder make_decoder(const float *map, const hb_search8 *search, bool is_signed)
+static inline decoder make_decoder(const float *map)
 {
-    (void)search, (void)is_signed;
     return split_map(map);
 }
 
