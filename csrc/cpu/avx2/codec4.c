@@ -1,16 +1,18 @@
 // 4-bit codebook formats (NF4, FP4) with AVX2. Formula, layout, source: ref/codec4.c.
 //
-// Encode: the rank of v among 15 ascending thresholds is found by four halvings; the thresholds of
-// a level stay in one register, indexed by the rank so far. Decode: the sixteen products value *
-// absmax are rounded once per block and then looked up: float32 in two halves chosen by bit 3,
-// 16-bit results in a plane of low and one of high bytes. Accuracy: bit-equal to the reference.
+// Encode: the rank of v among 15 ascending thresholds is found in two steps, first the quarter,
+// then the place in it; the thresholds stay in registers, indexed by the quarter. Decode: the
+// sixteen products value * absmax are rounded once per block and then looked up: float32 in two
+// halves chosen by bit 3, 16-bit results in a plane of low and one of high bytes. Accuracy:
+// bit-equal to the reference.
 #include "cpu/avx2/io.h"
 #include "cpu/codec4_entries.h"
 
 typedef struct {
-    __m256 level0, level1, level2, level3; // thresholds 7; 3 11; 1 5 9 13; 0 2 ... 14
-    __m256 value_lo, value_hi;             // by rank
-    __m256i code;                          // bytes by rank, in both 128-bit lanes
+    __m256 quarter[3];         // thresholds 3, 7, 11 in all lanes
+    __m256 inside[3];          // the three thresholds inside a quarter; entry -quarter mod 4
+    __m256 value_lo, value_hi; // of rank r: entry -r mod 16, as all that follows
+    __m256i code;              // bytes, in both 128-bit lanes
 } encoder;
 
 static encoder make_encoder(hb_format4 format)
@@ -18,49 +20,86 @@ static encoder make_encoder(hb_format4 format)
     const hb_codebook4 *book = hb_codebook4_get(format);
     const float *t = book->threshold;
     float value[16];
-    for (int rank = 0; rank < 16; rank++) value[rank] = book->value[book->code_of_rank[rank]];
-    return (encoder){
-        .level0 = _mm256_set1_ps(t[7]),
-        .level1 = _mm256_setr_ps(t[3], t[11], 0, 0, 0, 0, 0, 0),
-        .level2 = _mm256_setr_ps(t[1], t[5], t[9], t[13], 0, 0, 0, 0),
-        .level3 = _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]),
+    uint8_t code[16];
+    for (int rank = 0; rank < 16; rank++) {
+        value[(16 - rank) % 16] = book->value[book->code_of_rank[rank]];
+        code[(16 - rank) % 16] = book->code_of_rank[rank];
+    }
+    encoder e = {
         .value_lo = _mm256_loadu_ps(value),
         .value_hi = _mm256_loadu_ps(value + 8),
-        .code = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)book->code_of_rank)),
+        .code = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)code)),
     };
+    for (int k = 0; k < 3; k++) {
+        e.quarter[k] = _mm256_set1_ps(t[4 * k + 3]);
+        e.inside[k] = _mm256_setr_ps(t[k], t[k + 12], t[k + 8], t[k + 4], t[k], t[k + 12], t[k + 8],
+                                     t[k + 4]);
+    }
+    return e;
 }
 
-// 2 rank + 1 where v > threshold (a true comparison is -1), else 2 rank.
-static inline __m256i halve(__m256i rank, __m256 v, __m256 threshold)
+// -1 where v > threshold.
+static inline __m256i above(__m256 v, __m256 threshold)
 {
-    __m256i above = _mm256_castps_si256(_mm256_cmp_ps(v, threshold, _CMP_GT_OQ));
-    return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), above);
+    return _mm256_castps_si256(_mm256_cmp_ps(v, threshold, _CMP_GT_OQ));
 }
 
-// NaN gets rank 0, which is NF4's nan_code; FP4 wants the rank of 0.
-static inline __m256i rank_of(const encoder *e, __m256 v, bool nan_is_zero)
+static inline __m256i sum_of_three(__m256i a, __m256i b, __m256i c)
+{
+    return _mm256_add_epi32(_mm256_add_epi32(a, b), c);
+}
+
+// Minus the rank. NaN gets rank 0, which is NF4's nan_code; FP4 wants the rank of 0. Two steps of
+// three comparisons each: four halvings, each waiting for the one before, take twice as long.
+static inline __m256i minus_rank(const encoder *e, __m256 v, bool nan_is_zero)
 {
     if (nan_is_zero) v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
-    __m256i rank = halve(_mm256_setzero_si256(), v, e->level0);
-    rank = halve(rank, v, _mm256_permutevar8x32_ps(e->level1, rank));
-    rank = halve(rank, v, _mm256_permutevar8x32_ps(e->level2, rank));
-    return halve(rank, v, _mm256_permutevar8x32_ps(e->level3, rank));
+    const __m256i quarter =
+        sum_of_three(above(v, e->quarter[0]), above(v, e->quarter[1]), above(v, e->quarter[2]));
+    const __m256i inside = sum_of_three(above(v, _mm256_permutevar_ps(e->inside[0], quarter)),
+                                        above(v, _mm256_permutevar_ps(e->inside[1], quarter)),
+                                        above(v, _mm256_permutevar_ps(e->inside[2], quarter)));
+    return _mm256_add_epi32(_mm256_slli_epi32(quarter, 2), inside);
 }
 
-// Codes of 32 elements, given the ranks of 8 each, as 16 packed bytes.
+// Codes of 32 elements, given minus_rank of 8 each, as 16 packed bytes.
 static inline __m128i pack_codes(const encoder *e, const __m256i rank[4])
 {
-    // Byte b of lane l is element 8 b + l; a byte of codes stays below 16.
-    __m256i bytes = _mm256_or_si256(
-        _mm256_or_si256(rank[0], _mm256_slli_epi32(rank[1], 8)),
-        _mm256_or_si256(_mm256_slli_epi32(rank[2], 16), _mm256_slli_epi32(rank[3], 24)));
-    bytes = _mm256_shuffle_epi8(e->code, bytes);
-    // Even lanes are high nibbles, odd lanes low ones: byte b of the j-th pair is packed byte 4 b +
-    // j.
-    __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(bytes, 4), _mm256_srli_epi64(bytes, 32));
-    pairs = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-    const __m128i transpose = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm_shuffle_epi8(_mm256_castsi256_si128(pairs), transpose);
+    // Packing works in 128-bit lanes: of each vector the lower half goes to lane 0.
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(rank[0], rank[1]),
+                                       _mm256_packs_epi32(rank[2], rank[3]));
+    bytes = _mm256_shuffle_epi8(e->code, _mm256_and_si256(bytes, _mm256_set1_epi8(15)));
+    // The first of a pair is the high nibble: words below 256, each half of a vector has two.
+    __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
+    pairs = _mm256_packus_epi16(pairs, pairs);
+    return _mm_unpacklo_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+}
+
+// The largest magnitude of n 16-bit floats, or NaN: patterns without signs order like the numbers.
+static inline float largest_of_halves(const uint16_t *x, int64_t n, hb_dtype io)
+{
+    const __m256i magnitude = _mm256_set1_epi16(0x7fff);
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (; n >= 32; n -= 32, x += 32) {
+        __m256i v0 = _mm256_loadu_si256((const void *)x);
+        __m256i v1 = _mm256_loadu_si256((const void *)(x + 16));
+        a = _mm256_max_epu16(a, _mm256_and_si256(v0, magnitude));
+        b = _mm256_max_epu16(b, _mm256_and_si256(v1, magnitude));
+    }
+    if (n > 0) {
+        uint16_t rest[32] = {0};
+        memcpy(rest, x, (size_t)n * sizeof *x);
+        __m256i v0 = _mm256_loadu_si256((const void *)rest);
+        __m256i v1 = _mm256_loadu_si256((const void *)(rest + 16));
+        a = _mm256_max_epu16(a, _mm256_and_si256(v0, magnitude));
+        b = _mm256_max_epu16(b, _mm256_and_si256(v1, magnitude));
+    }
+    a = _mm256_max_epu16(a, b);
+    __m128i most = _mm_max_epu16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    most = _mm_minpos_epu16(_mm_xor_si128(most, _mm_set1_epi16(-1))); // the least of 65535 - x
+    const uint16_t bits = (uint16_t)~_mm_extract_epi16(most, 0);
+    const float largest = hb_load_f32(&bits, 0, io);
+    return largest == largest ? largest : hb_f32_from_bits(HB_NAN_BITS);
 }
 
 static inline void absmax_blocks(const void *x, int64_t n, int64_t blocksize, float *absmax,
@@ -68,6 +107,11 @@ static inline void absmax_blocks(const void *x, int64_t n, int64_t blocksize, fl
 {
     for (int64_t begin = 0; begin < n; absmax++) {
         int64_t i = begin, end = n - begin < blocksize ? n : begin + blocksize;
+        if (io != HB_F32) {
+            *absmax = largest_of_halves((const uint16_t *)x + i, end - i, io);
+            begin = end;
+            continue;
+        }
         __m256i a = _mm256_setzero_si256(), b = a;
         for (; i + 16 <= end; i += 16) {
             __m256 v0 = magnitude_f32x8(load_f32x8(x, i, io));
@@ -84,21 +128,26 @@ static inline void absmax_blocks(const void *x, int64_t n, int64_t blocksize, fl
     }
 }
 
-static inline void encode_blocks(const void *x, int64_t n, hb_format4 format, int64_t blocksize,
-                                 const float *absmax, uint8_t *packed, hb_dtype io,
-                                 bool nan_is_zero)
+// nan_is_zero is a constant for the compiler.
+static inline __attribute__((always_inline)) void
+encode_blocks(const void *x, int64_t n, hb_format4 format, int64_t blocksize, const float *absmax,
+              uint8_t *packed, hb_dtype io, bool nan_is_zero)
 {
     const encoder e = make_encoder(format);
     const int shift = __builtin_ctzll((uint64_t)blocksize);
+    const int64_t whole = n / 32 * 32;
     __m256i rank[4];
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
+    while (i < whole) {
         const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(absmax[i >> shift]));
-        for (int g = 0; g < 4; g++) {
-            __m256 v = _mm256_mul_ps(load_f32x8(x, i + 8 * g, io), inverse);
-            rank[g] = rank_of(&e, v, nan_is_zero);
+        const int64_t end = i + blocksize < whole ? i + blocksize : whole;
+        for (; i < end; i += 32) {
+            for (int g = 0; g < 4; g++) {
+                __m256 v = _mm256_mul_ps(load_f32x8(x, i + 8 * g, io), inverse);
+                rank[g] = minus_rank(&e, v, nan_is_zero);
+            }
+            _mm_storeu_si128((void *)(packed + i / 2), pack_codes(&e, rank));
         }
-        _mm_storeu_si128((void *)(packed + i / 2), pack_codes(&e, rank));
     }
     if (i == n) return;
     const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(absmax[i >> shift]));
@@ -107,7 +156,7 @@ static inline void encode_blocks(const void *x, int64_t n, hb_format4 format, in
         rank[g] = _mm256_setzero_si256();
         if (at >= n) continue;
         __m256 v = _mm256_mul_ps(load_upto_f32x8(x, at, n, io), inverse);
-        rank[g] = rank_of(&e, v, nan_is_zero);
+        rank[g] = minus_rank(&e, v, nan_is_zero);
     }
     uint8_t codes[16];
     _mm_storeu_si128((void *)codes, pack_codes(&e, rank));
@@ -221,7 +270,7 @@ static inline float fold_sums(__m256 lo, __m256 hi)
 static inline __m256 squared_error(const encoder *e, __m256 x, float inverse, float scale,
                                    bool nan_is_zero)
 {
-    __m256i rank = rank_of(e, _mm256_mul_ps(x, _mm256_set1_ps(inverse)), nan_is_zero);
+    __m256i rank = minus_rank(e, _mm256_mul_ps(x, _mm256_set1_ps(inverse)), nan_is_zero);
     __m256 q_lo = _mm256_permutevar8x32_ps(e->value_lo, rank);
     __m256 q_hi = _mm256_permutevar8x32_ps(e->value_hi, rank);
     __m256 q = _mm256_blendv_ps(q_lo, q_hi, _mm256_castsi256_ps(_mm256_slli_epi32(rank, 28)));
