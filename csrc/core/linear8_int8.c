@@ -36,31 +36,45 @@ static void prepare_row(const hb_product8 *p, int64_t m, const int8_t *codes)
     unsigned char *tile = p->prepared + m / p->int8_rows * p->prepared_stride;
     if (p->tiles)
         k->prepare_tile(codes, p->depth, (int)(m % p->int8_rows), tile);
-    else if (p->pairs)
-        k->pairs.widen_x(codes, p->depth, (int)(m % p->int8_rows), tile);
     else
         k->prepare_int8(codes, p->depth, p->prepared + m * p->prepared_stride);
+}
+
+// Row m of x: those of `a`, or those at `room` once they are there.
+static const int8_t *codes_of_row(const hb_product8 *p, int64_t m, unsigned char *scratch,
+                                  int8_t *room)
+{
+    if (p->c != NULL) return p->a + m * p->depth; // a may be NULL without elements
+    const hb_kernels_codec *codec = &p->kernels->codec;
+    int64_t stride;
+    const void *row = hb_matrix_rows(&p->x, m, 1, scratch + p->row_at, &stride);
+    const hb_dtype io = p->x.view->dtype;
+    const uint8_t *zero = p->n_columns > 0 && p->x_rows > 1 ? p->marks : NULL;
+    float absmax = codec->absmax_int8[io](row, p->depth, p->threshold);
+    codec->encode_int8[io](row, p->depth, absmax, p->threshold, zero, room);
+    p->x_factor[m] = absmax * HB_INT8_UNIT;
+    return room;
 }
 
 static void quantize_rows(void *arg, int64_t begin, int64_t end, int lane)
 {
     const hb_product8 *p = arg;
-    const hb_kernels_codec *codec = &p->kernels->codec;
     unsigned char *scratch = p->lanes + lane * p->lane_bytes;
-    int8_t *codes = (int8_t *)(scratch + p->codes_at);
-    for (int64_t m = begin; m < end; m++) {
-        if (p->c != NULL) { // a may be NULL without elements
-            prepare_row(p, m, p->a + m * p->depth);
-            continue;
-        }
-        int64_t stride;
-        const void *row = hb_matrix_rows(&p->x, m, 1, scratch + p->row_at, &stride);
-        const hb_dtype io = p->x.view->dtype;
-        const uint8_t *zero = p->n_columns > 0 && p->x_rows > 1 ? p->marks : NULL;
-        float absmax = codec->absmax_int8[io](row, p->depth, p->threshold);
-        codec->encode_int8[io](row, p->depth, absmax, p->threshold, zero, codes);
-        p->x_factor[m] = absmax * HB_INT8_UNIT;
-        prepare_row(p, m, codes);
+    for (int64_t m = begin; m < end; m++)
+        prepare_row(p, m, codes_of_row(p, m, scratch, (int8_t *)(scratch + p->codes_at)));
+}
+
+// The same by tiles of the pairs.
+static void quantize_tiles(void *arg, int64_t begin, int64_t end, int lane)
+{
+    const hb_product8 *p = arg;
+    unsigned char *scratch = p->lanes + lane * p->lane_bytes;
+    for (int64_t t = begin; t < end; t++) {
+        const int64_t m = t * p->int8_rows, n = hb_least(p->int8_rows, p->x_rows - m);
+        int8_t *room = (int8_t *)(scratch + p->codes_at);
+        const int8_t *codes = codes_of_row(p, m, scratch, room);
+        for (int64_t i = 1; i < n; i++) (void)codes_of_row(p, m + i, scratch, room + i * p->depth);
+        p->pairs->widen_x(codes, p->depth, (int)n, p->depth, p->prepared + t * p->prepared_stride);
     }
 }
 
@@ -161,13 +175,13 @@ static void fetch_next(const hb_product8 *p, int64_t i, int64_t blocks, int64_t 
 static void sum_pairs(const hb_product8 *p, int64_t m, int64_t n_x, int64_t out, int64_t n_out,
                       unsigned char *panel, int32_t *c, int64_t c_stride)
 {
-    const hb_int8_pairs *pairs = &p->kernels->linear8.pairs;
+    const hb_int8_pairs *pairs = p->pairs;
     const int64_t blocks = p->depth > 0 ? hb_ceil_div(p->depth, HB_INT8_PAIR_STEPS) : 1;
     for (int64_t i = 0; i < hb_ceil_div(n_out, HB_INT8_PAIR_W) * blocks; i++) {
         const int64_t r = i / blocks * HB_INT8_PAIR_W, k = i % blocks * HB_INT8_PAIR_STEPS;
         const int64_t n_rows = hb_least(HB_INT8_PAIR_W, n_out - r);
         const int64_t n_steps = hb_least(HB_INT8_PAIR_STEPS, p->depth - k);
-        const int64_t block_at = k > 0 ? hb_int8_pair_bytes(k, p->int8_rows) : 0;
+        const int64_t block_at = k > 0 ? hb_int8_pair_bytes(pairs, k, p->int8_rows) : 0;
         pairs->widen_w(p->codes + (out + r) * p->depth + k, p->depth, n_rows, n_steps, panel);
         const unsigned char *tiles = p->prepared + m / p->int8_rows * p->prepared_stride + block_at;
         for (int64_t t = 0; t < n_x; t += p->int8_rows) {
@@ -216,7 +230,7 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
         for (int64_t m = m_begin; m < m_end; m += p->sums_rows) { // x_per_chunk is a multiple
             const int64_t n_x = hb_least(p->sums_rows, m_end - m);
             int32_t *c = p->c != NULL ? p->c + m * p->rows + out : sums;
-            if (p->pairs)
+            if (p->pairs != NULL)
                 sum_pairs(p, m, n_x, out, n_out, scratch + p->panel_at, c, c_stride);
             else
                 sum_rows(p, m, n_x, out, n_out, c, c_stride);
@@ -234,6 +248,13 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
     }
 }
 
+// The kernels of pairs for so many rows of x, or NULL.
+static const hb_int8_pairs *pairs_for(const hb_kernels_linear8 *k, int64_t x_rows)
+{
+    if (k->strassen.from > 0 && x_rows >= k->strassen.from) return &k->strassen;
+    return k->pairs.from > 0 && x_rows >= k->pairs.from ? &k->pairs : NULL;
+}
+
 hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error)
 {
     const hb_kernels_linear8 *k = &p->kernels->linear8;
@@ -244,15 +265,17 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
     const bool has_threshold = p->threshold == p->threshold;
     const int64_t stride = hb_round_up(p->depth, 64);
     p->tiles = k->tile_int8 != NULL && p->x_rows >= k->tile_int8_from;
-    p->pairs = !p->tiles && k->pairs.from > 0 && p->x_rows >= k->pairs.from;
-    const bool together = p->tiles || p->pairs; // rows of x, in prepared memory
-    p->int8_rows = p->tiles ? k->tile_int8_rows : p->pairs ? HB_INT8_PAIR_X : k->dot_int8_rows;
+    if (!p->tiles) p->pairs = pairs_for(k, p->x_rows);
+    const bool together = p->tiles || p->pairs != NULL; // rows of x, in prepared memory
+    p->int8_rows = p->tiles           ? k->tile_int8_rows
+                   : p->pairs != NULL ? p->pairs->rows
+                                      : k->dot_int8_rows;
     p->group = together || !has_threshold ? p->int8_rows : set->tile_rows;
-    p->prepared_stride = p->tiles   ? hb_int8_tile_bytes(p->depth, k->tile_int8_rows)
-                         : p->pairs ? hb_int8_pair_bytes(p->depth, HB_INT8_PAIR_X)
-                                    : hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
+    p->prepared_stride = p->tiles           ? hb_int8_tile_bytes(p->depth, k->tile_int8_rows)
+                         : p->pairs != NULL ? hb_int8_pair_bytes(p->pairs, p->depth, p->int8_rows)
+                                            : hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
     hb_product8_plan_grid(p, p->group, INT64_MAX);
-    p->sums_rows = p->pairs ? hb_least(p->x_per_chunk, PAIR_PASS_ROWS) : p->group;
+    p->sums_rows = p->pairs != NULL ? hb_least(p->x_per_chunk, PAIR_PASS_ROWS) : p->group;
 
     hb_scratch scratch = {0}, more = {0};
     const int64_t units = together ? hb_ceil_div(p->x_rows, p->int8_rows) : p->x_rows;
@@ -263,10 +286,12 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
     const int64_t columns_at = has_threshold ? hb_scratch_reserve(&scratch, p->depth * 8) : 0;
     p->row_at = 0;
     p->codes_at = p->c != NULL || p->x.col_stride == 1 ? 0 : hb_round_up(p->depth * 4, 64);
-    p->panel_at = p->codes_at + stride;
+    const int64_t codes = p->depth * (p->c == NULL && p->pairs != NULL ? p->int8_rows : 1);
+    p->panel_at = p->codes_at + hb_round_up(codes, 64);
     p->sums_at = p->panel_at;
-    if (p->pairs)
-        p->sums_at += hb_int8_pair_bytes(hb_least(p->depth, HB_INT8_PAIR_STEPS), HB_INT8_PAIR_W);
+    if (p->pairs != NULL)
+        p->sums_at +=
+            hb_int8_pair_bytes(p->pairs, hb_least(p->depth, HB_INT8_PAIR_STEPS), HB_INT8_PAIR_W);
     p->extra_at = p->sums_at + (p->c != NULL ? 0 : p->sums_rows * HB_PRODUCT8_BLOCK * 4);
     p->lane_bytes = p->extra_at;
     const int64_t lanes_at = hb_scratch_reserve(&scratch, n_lanes * p->lane_bytes);
@@ -280,7 +305,10 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
     p->columns = (int64_t *)(memory + columns_at);
     p->lanes = memory + lanes_at;
     if (has_threshold) find_outliers(p, n_lanes, serial || few);
-    hb_product8_run_chunks(p, serial || few, p->x_rows, quantize_rows);
+    if (p->pairs != NULL)
+        hb_product8_run_chunks(p, serial || few, units, quantize_tiles);
+    else
+        hb_product8_run_chunks(p, serial || few, p->x_rows, quantize_rows);
 
     hb_status status = HB_OK;
     if (p->n_columns > 0) { // how much is known only now

@@ -8,7 +8,7 @@
 // a vector; first and second of x are broadcast:
 //
 //   row of a block   -(sum of a0 a1), one int32                          [HB_INT8_PAIR_ROW_BYTES]
-//   tile of x        the beginnings of 4 rows; then 32 codes of each row: 8 first, 8 second
+//   tile of x        the beginnings of TILE_X rows; then 32 codes of each: 8 first, 8 second
 //   strip of W       LANES * VECTORS rows: the beginnings of all; then quad after quad, vector
 //                    after vector: LANES first, LANES second
 //
@@ -19,7 +19,8 @@
 // 256: a pair of products of such sums is at most 2^17, sums wrap around: exact for every code,
 // -128 too. The sums begin with what is to be subtracted.
 //
-// The file that includes this defines `vector`, LANES (of 32 bits), VECTORS (of a strip), and
+// The file that includes this defines `vector`, LANES (of 32 bits), VECTORS (of a strip), TILE_X,
+// and
 //   load(p), store(p, v), add_i32(u, v), broadcast_i32(p), zero()
 //   add_quad(sum, first_of_x, second_of_x, first, second)   one row of x by VECTORS vectors of W
 // Accuracy: exact (kernels_linear8.h).
@@ -29,7 +30,6 @@
 #include "cpu/codes8_x86.h"
 
 enum {
-    TILE_X = HB_INT8_PAIR_X,
     STRIP = LANES * VECTORS,
     GROUP = HB_INT8_PAIR_GROUP,
     QUAD_BYTES = STRIP * 8,
@@ -43,7 +43,7 @@ INLINE void split_quads(__m256i codes, __m256i *first, __m256i *second)
 }
 
 // One row of one block of x.
-static void widen_x_block(const int8_t *codes, int64_t depth, int row, uint8_t *block)
+static inline void widen_x_block(const int8_t *codes, int64_t depth, int row, uint8_t *block)
 {
     uint8_t *out = block + TILE_X * HB_INT8_PAIR_ROW_BYTES + row * GROUP * 2;
     __m256i sum = _mm256_setzero_si256();
@@ -58,14 +58,15 @@ static void widen_x_block(const int8_t *codes, int64_t depth, int row, uint8_t *
     memcpy(block + row * HB_INT8_PAIR_ROW_BYTES, &total, sizeof total);
 }
 
-static void widen_x(const int8_t *codes, int64_t depth, int row, void *tile)
+static inline void widen_x(const int8_t *codes, int64_t x_stride, int n_x, int64_t depth,
+                           void *tile)
 {
     uint8_t *block = tile;
     int64_t k = 0;
     do {
         const int64_t n = depth - k < HB_INT8_PAIR_STEPS ? depth - k : HB_INT8_PAIR_STEPS;
-        widen_x_block(codes + k, n, row, block);
-        block += hb_int8_pair_bytes(n, TILE_X);
+        for (int t = 0; t < n_x; t++) widen_x_block(codes + t * x_stride + k, n, t, block);
+        block += hb_int8_pair_block_bytes(n, TILE_X);
         k += n;
     } while (k < depth);
 }
@@ -95,8 +96,8 @@ INLINE void transpose_quads(__m256i rows[8])
 
 // Eight rows of W, `present` of them there, to eight lanes of a vector; out: where its first quad
 // has them.
-static void widen_8_rows(const int8_t *w, int64_t w_stride, int64_t present, int64_t depth,
-                         int32_t *beginnings, uint8_t *out)
+static inline void widen_8_rows(const int8_t *w, int64_t w_stride, int64_t present, int64_t depth,
+                                int32_t *beginnings, uint8_t *out)
 {
     __m256i sum = _mm256_setzero_si256();
     for (int64_t k = 0; k < depth; k += GROUP) {
@@ -118,11 +119,12 @@ static void widen_8_rows(const int8_t *w, int64_t w_stride, int64_t present, int
     _mm256_store_si256((void *)beginnings, sum);
 }
 
-static void widen_w(const int8_t *w, int64_t w_stride, int64_t n_rows, int64_t depth, void *panel)
+static inline void widen_w(const int8_t *w, int64_t w_stride, int64_t n_rows, int64_t depth,
+                           void *panel)
 {
     for (int64_t r = 0; r < n_rows; r += 8) {
         const int64_t strip = r / STRIP * STRIP, in_strip = r - strip;
-        uint8_t *block = (uint8_t *)panel + strip / STRIP * hb_int8_pair_bytes(depth, STRIP);
+        uint8_t *block = (uint8_t *)panel + strip / STRIP * hb_int8_pair_block_bytes(depth, STRIP);
         uint8_t *out = block + STRIP * HB_INT8_PAIR_ROW_BYTES + in_strip / LANES * LANES * 8 +
                        in_strip % LANES * 4;
         int32_t *beginnings = (int32_t *)block + in_strip;
@@ -143,19 +145,24 @@ INLINE void store_lanes(vector v, int64_t n, bool add, int32_t *c)
         c[i] = (int32_t)((uint32_t)lanes[i] + (add ? (uint32_t)c[i] : 0));
 }
 
-// n_x rows of x, a constant at every call, by a strip, of which n_w rows count.
-INLINE void multiply_strip(const uint8_t *w, int64_t depth, const uint8_t *x, const int n_x,
-                           int64_t n_w, bool add, int32_t *c, int64_t c_stride)
+// sum[t][v]: n_x rows of x, a constant at every call, by a strip. Of the block of x at `next`,
+// which comes after this one, `lines` of TILE_X lines are asked for in each step: all at once, they
+// would hold up the loads of W.
+INLINE void sum_strip(const uint8_t *w, int64_t depth, const uint8_t *x, const int n_x,
+                      const uint8_t *next, const int lines, vector sum[TILE_X][VECTORS])
 {
-    vector sum[TILE_X][VECTORS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int t = 0; t < n_x; t++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
             sum[t][v] =
                 add_i32(broadcast_i32(x + t * HB_INT8_PAIR_ROW_BYTES), load(w + v * LANES * 4));
     x += TILE_X * HB_INT8_PAIR_ROW_BYTES, w += STRIP * HB_INT8_PAIR_ROW_BYTES;
-    for (int64_t k = 0; k < depth; k += GROUP, x += TILE_X * GROUP * 2)
+    next += TILE_X * HB_INT8_PAIR_ROW_BYTES;
+    for (int64_t k = 0; k < depth;
+         k += GROUP, x += TILE_X * GROUP * 2, next += TILE_X * GROUP * 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < lines; i++) _mm_prefetch((const char *)next + i * 64, _MM_HINT_T0);
 #pragma GCC unroll 2
         for (int q = 0; q < GROUP / 4; q++, w += QUAD_BYTES) {
             vector first[VECTORS], second[VECTORS];
@@ -164,46 +171,47 @@ INLINE void multiply_strip(const uint8_t *w, int64_t depth, const uint8_t *x, co
                 first[v] = load(w + v * LANES * 8);
                 second[v] = load(w + v * LANES * 8 + LANES * 4);
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int t = 0; t < n_x; t++) {
                 const uint8_t *row = x + t * GROUP * 2 + q * 4;
                 add_quad(sum[t], row, row + 32, first, second);
             }
         }
-#pragma GCC unroll 4
-    for (int t = 0; t < n_x; t++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-            store_lanes(sum[t][v], n_w - v * LANES, add, c + t * c_stride + v * LANES);
-}
-
-// Lines [begin, end) at p: two tiles and what passes by of W fit into L1.
-static void fetch(const uint8_t *p, int64_t begin, int64_t end)
-{
-    for (int64_t line = begin; line < end; line++)
-        _mm_prefetch((const char *)p + line * 64, _MM_HINT_T0);
-}
-
-INLINE void multiply_rows(const uint8_t *panel, int64_t n_rows, int64_t depth, const void *tile,
-                          const void *next, const int n_x, bool add, int32_t *c, int64_t c_stride)
-{
-    const int64_t bytes = hb_int8_pair_bytes(depth, STRIP);
-    const int64_t lines = hb_int8_pair_bytes(depth, TILE_X) / 64;
-    for (int64_t r = 0; r < n_rows; r += STRIP, panel += bytes) {
-        const int64_t n_w = n_rows - r < STRIP ? n_rows - r : STRIP;
-        fetch(next, lines * r / n_rows, lines * (r + n_w) / n_rows);
-        multiply_strip(panel, depth, tile, n_x, n_w, add, c + r, c_stride);
     }
 }
 
-static void multiply(const void *panel, int64_t n_rows, int64_t depth, const void *tile,
-                     const void *next, int n_x, bool add, int32_t *c, int64_t c_stride)
+INLINE void multiply_rows(const uint8_t *panel, int64_t n_rows, int64_t depth, const uint8_t *tile,
+                          const uint8_t *next, const int n_x, int present, bool add, int32_t *c,
+                          int64_t c_stride)
 {
+    enum { LINES = TILE_X * STRIP / HB_INT8_PAIR_W }; // of each step, by each strip
+    const int64_t bytes = hb_int8_pair_block_bytes(depth, STRIP);
+    for (int64_t r = 0; r < n_rows; r += STRIP, panel += bytes, next += LINES * 64) {
+        const int64_t n_w = n_rows - r < STRIP ? n_rows - r : STRIP;
+        vector sum[TILE_X][VECTORS];
+        sum_strip(panel, depth, tile, n_x, next, LINES, sum);
+#pragma GCC unroll 8
+        for (int t = 0; t < n_x; t++) {
+            if (t >= present) break;
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+                store_lanes(sum[t][v], n_w - v * LANES, add, c + r + t * c_stride + v * LANES);
+        }
+    }
+}
+
+static inline void multiply(const void *panel, int64_t n_rows, int64_t depth, const void *tile,
+                            const void *next, int n_x, bool add, int32_t *c, int64_t c_stride)
+{
+    if (n_x > 4) { // where TILE_X is 8; the rows behind n_x are any
+        multiply_rows(panel, n_rows, depth, tile, next, TILE_X, n_x, add, c, c_stride);
+        return;
+    }
     switch (n_x) {
-    case 1: multiply_rows(panel, n_rows, depth, tile, next, 1, add, c, c_stride); break;
-    case 2: multiply_rows(panel, n_rows, depth, tile, next, 2, add, c, c_stride); break;
-    case 3: multiply_rows(panel, n_rows, depth, tile, next, 3, add, c, c_stride); break;
-    default: multiply_rows(panel, n_rows, depth, tile, next, 4, add, c, c_stride); break;
+    case 1: multiply_rows(panel, n_rows, depth, tile, next, 1, 1, add, c, c_stride); break;
+    case 2: multiply_rows(panel, n_rows, depth, tile, next, 2, 2, add, c, c_stride); break;
+    case 3: multiply_rows(panel, n_rows, depth, tile, next, 3, 3, add, c, c_stride); break;
+    default: multiply_rows(panel, n_rows, depth, tile, next, 4, 4, add, c, c_stride); break;
     }
 }
 

@@ -1,7 +1,7 @@
-// Sums of int8 products, two by one multiplication of int16: strips of 64 rows of W, 16 lanes each.
-// Formula, layout, accuracy: cpu/int8_pairs.h.
+// Sums of int8 products, two by one multiplication of int16: strips of 32 rows of W, 16 lanes each.
+// Formula, layout, accuracy: cpu/int8_pairs.h, int8_strassen.h.
 //
-// Registers: 16 sums, 8 for a quad of W, 6 for a row of x and its products. A row of x is one piece
+// Registers: 16 sums, 4 for a quad of W, 4 for a row of x and its products. A row of x is one piece
 // of assembly, as gcc 12 moves sums to the stack and back otherwise.
 #include "core/kernels_linear8.h"
 #include "cpu/simd.h"
@@ -11,8 +11,10 @@
 typedef __m512i vector;
 enum {
     LANES = 16,
-    VECTORS = 4,
-    FROM = 40, // below dot_int8, which does not widen W to memory, is faster
+    VECTORS = 2,
+    TILE_X = 8,
+    FROM = 40,           // below dot_int8, which does not widen W to memory, is faster
+    STRASSEN_FROM = 256, // 128 rows: equal
 };
 
 INLINE vector load(const void *p)
@@ -28,6 +30,16 @@ INLINE void store(void *p, vector v)
 INLINE vector add_i32(vector u, vector v)
 {
     return _mm512_add_epi32(u, v);
+}
+
+INLINE vector sub_i32(vector u, vector v)
+{
+    return _mm512_sub_epi32(u, v);
+}
+
+INLINE vector zero(void)
+{
+    return _mm512_setzero_si512();
 }
 
 INLINE vector broadcast_i32(const void *p)
@@ -46,39 +58,34 @@ INLINE void add_quad(vector sum[VECTORS], const void *x_first, const void *x_sec
         sum[v] = add_i32(sum[v], _mm512_madd_epi16(_mm512_add_epi16(a0, second[v]),
                                                    _mm512_add_epi16(a1, first[v])));
 #else
-    vector a0, a1, p, q, u;
+    vector a0, a1, p, q;
     __asm__("vpbroadcastd %[x0], %[a0]\n\t"
             "vpbroadcastd %[x1], %[a1]\n\t"
             "vpaddw %[a0], %[s0], %[p]\n\t"
             "vpaddw %[a1], %[f0], %[q]\n\t"
-            "vpmaddwd %[p], %[q], %[u]\n\t"
-            "vpaddw %[a0], %[s1], %[p]\n\t"
-            "vpaddw %[a1], %[f1], %[q]\n\t"
-            "vpaddd %[u], %[sum0], %[sum0]\n\t"
-            "vpmaddwd %[p], %[q], %[u]\n\t"
-            "vpaddw %[a0], %[s2], %[p]\n\t"
-            "vpaddw %[a1], %[f2], %[q]\n\t"
-            "vpaddd %[u], %[sum1], %[sum1]\n\t"
-            "vpmaddwd %[p], %[q], %[u]\n\t"
-            "vpaddw %[a0], %[s3], %[a0]\n\t"
-            "vpaddw %[a1], %[f3], %[a1]\n\t"
-            "vpaddd %[u], %[sum2], %[sum2]\n\t"
+            "vpmaddwd %[p], %[q], %[p]\n\t"
+            "vpaddw %[a0], %[s1], %[a0]\n\t"
+            "vpaddw %[a1], %[f1], %[a1]\n\t"
+            "vpaddd %[p], %[sum0], %[sum0]\n\t"
             "vpmaddwd %[a0], %[a1], %[a0]\n\t"
-            "vpaddd %[a0], %[sum3], %[sum3]"
-            : [sum0] "+v"(sum[0]), [sum1] "+v"(sum[1]), [sum2] "+v"(sum[2]), [sum3] "+v"(sum[3]),
-              [a0] "=&v"(a0), [a1] "=&v"(a1), [p] "=&v"(p), [q] "=&v"(q), [u] "=&v"(u)
+            "vpaddd %[a0], %[sum1], %[sum1]"
+            : [sum0] "+v"(sum[0]), [sum1] "+v"(sum[1]), [a0] "=&v"(a0), [a1] "=&v"(a1),
+              [p] "=&v"(p), [q] "=&v"(q)
             : [x0] "m"(*(const int32_t *)x_first), [x1] "m"(*(const int32_t *)x_second),
-              [f0] "v"(first[0]), [f1] "v"(first[1]), [f2] "v"(first[2]), [f3] "v"(first[3]),
-              [s0] "v"(second[0]), [s1] "v"(second[1]), [s2] "v"(second[2]), [s3] "v"(second[3]));
+              [f0] "v"(first[0]), [f1] "v"(first[1]), [s0] "v"(second[0]), [s1] "v"(second[1]));
 #endif
 }
 
-#include "cpu/int8_pairs.h"
+#include "cpu/int8_strassen.h"
 
-void hb_int8_pairs_table_avx512(hb_int8_pairs *pairs)
+void hb_int8_pairs_table_avx512(hb_int8_pairs *pairs, hb_int8_pairs *strassen)
 {
-    pairs->from = FROM;
-    pairs->widen_x = widen_x;
-    pairs->widen_w = widen_w;
-    pairs->multiply = multiply;
+    *pairs = (hb_int8_pairs){
+        .from = FROM, .rows = TILE_X, .widen_x = widen_x, .widen_w = widen_w, .multiply = multiply};
+    *strassen = (hb_int8_pairs){.from = STRASSEN_FROM,
+                                .rows = 2 * TILE_X,
+                                .halves = true,
+                                .widen_x = widen_x_strassen,
+                                .widen_w = widen_w_strassen,
+                                .multiply = multiply_strassen};
 }
