@@ -386,6 +386,7 @@ def test_progress_without_a_terminal_is_lines(monkeypatch):
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    pytest.importorskip("tqdm")
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     stream = Stream(True)

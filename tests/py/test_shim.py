@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch")
+
 PYTHON = Path(__file__).parents[2] / "python"
 HIDE = """
 import sys
