@@ -30,12 +30,9 @@
 // What is subtracted belongs to one row alone and is found as that row is widened to int16. Both
 // sides are widened in blocks of HB_INT8_PAIR_STEPS inner indices; between two blocks sums are in
 // c. Source: S. Winograd, "A new algorithm for inner product", IEEE Trans. Comput. C-17 (1968).
-//
-// For many rows of x there is a second set, whose blocks are halved in all three directions and
-// multiplied by seven products of halves in place of eight (cpu/int8_strassen.h).
 enum {
     HB_INT8_PAIR_STEPS = 1024,
-    HB_INT8_PAIR_MAX_X = 16,    // rows of x at most that are widened to one tile
+    HB_INT8_PAIR_MAX_X = 8,     // rows of x at most that are widened to one tile
     HB_INT8_PAIR_W = 64,        // rows of W at most that are widened to one panel
     HB_INT8_PAIR_GROUP = 32,    // blocks are filled up with zeros to a multiple
     HB_INT8_PAIR_ROW_BYTES = 32 // of a row of a block, before its elements: what is subtracted
@@ -44,12 +41,11 @@ enum {
 typedef struct {
     int32_t from; // rows of x from which on core takes it; 0: there is none
     int32_t rows; // of x in a tile, <= HB_INT8_PAIR_MAX_X
-    bool halves;  // of W, x and the inner index: see hb_int8_pair_bytes
     // codes [n_x, depth], n_x in 1..rows, x_stride bytes apart -> a tile of
-    // hb_int8_pair_bytes(set, depth, rows), block by block.
+    // hb_int8_pair_bytes(depth, rows), block by block.
     void (*widen_x)(const int8_t *codes, int64_t x_stride, int n_x, int64_t depth, void *tile);
     // One block of n_rows <= HB_INT8_PAIR_W rows, depth <= HB_INT8_PAIR_STEPS, to a panel of
-    // hb_int8_pair_bytes(set, depth, HB_INT8_PAIR_W).
+    // hb_int8_pair_bytes(depth, HB_INT8_PAIR_W).
     void (*widen_w)(const int8_t *w, int64_t w_stride, int64_t n_rows, int64_t depth, void *panel);
     // c[t * c_stride + r] = (add: +=) sum_k w[r, k] codes[t, k] for r < n_rows, t < n_x, the n_x of
     // widen_x, over one block: `tile` begins with it. The tile of the next call, which begins at
@@ -78,7 +74,7 @@ typedef struct {
     // As dot_int8, n_x in 1..tile_int8_rows; the tile's rows from n_x on are not read.
     void (*tile_int8)(const int8_t *w, int64_t w_stride, int64_t n_rows, int64_t depth,
                       const void *tile, int n_x, int32_t *c, int64_t c_stride);
-    hb_int8_pairs pairs, strassen; // the second for more rows of x
+    hb_int8_pairs pairs;
     // out[i] = ((float)c[i] * x_factor + extra[i]) * w_factor[i], i < n, each operation rounded;
     // extra NULL: nothing added.
     void (*rescale)(const int32_t *c, float x_factor, const float *extra, const float *w_factor,
@@ -108,39 +104,20 @@ static inline int64_t hb_int8_tile_bytes(int64_t depth, int32_t rows)
     return (depth + 63) / 64 * 64 * rows;
 }
 
-// Bytes of `rows` rows of one block, or of one product of halves.
-static inline int64_t hb_int8_pair_block_bytes(int64_t depth, int64_t rows)
+// Bytes of `rows` rows widened for pairs; also how far the next block lies behind them, where depth
+// is a multiple of HB_INT8_PAIR_STEPS.
+static inline int64_t hb_int8_pair_bytes(int64_t depth, int64_t rows)
 {
     const int64_t groups = (depth + HB_INT8_PAIR_GROUP - 1) / HB_INT8_PAIR_GROUP;
-    return rows * (groups * HB_INT8_PAIR_GROUP * 2 + HB_INT8_PAIR_ROW_BYTES);
-}
-
-// Inner indices of the first half of a block; the second has the others.
-static inline int64_t hb_int8_pair_half(int64_t depth)
-{
-    return ((depth + 1) / 2 + HB_INT8_PAIR_GROUP - 1) / HB_INT8_PAIR_GROUP * HB_INT8_PAIR_GROUP;
-}
-
-// Bytes of `rows` rows widened by a set, all blocks of `depth`; also how far the next block lies
-// behind them, where depth is a multiple of HB_INT8_PAIR_STEPS.
-static inline int64_t hb_int8_pair_bytes(const hb_int8_pairs *set, int64_t depth, int64_t rows)
-{
-    const int64_t whole = depth / HB_INT8_PAIR_STEPS, rest = depth % HB_INT8_PAIR_STEPS;
-    const bool has_rest = rest > 0 || depth == 0;
-    const int64_t a_whole =
-        set->halves ? 7 * hb_int8_pair_block_bytes(hb_int8_pair_half(HB_INT8_PAIR_STEPS), rows / 2)
-                    : hb_int8_pair_block_bytes(HB_INT8_PAIR_STEPS, rows);
-    const int64_t the_rest = set->halves
-                                 ? 7 * hb_int8_pair_block_bytes(hb_int8_pair_half(rest), rows / 2)
-                                 : hb_int8_pair_block_bytes(rest, rows);
-    return whole * a_whole + (has_rest ? the_rest : 0);
+    const int64_t blocks = depth == 0 ? 1 : (depth + HB_INT8_PAIR_STEPS - 1) / HB_INT8_PAIR_STEPS;
+    return rows * (groups * HB_INT8_PAIR_GROUP * 2 + blocks * HB_INT8_PAIR_ROW_BYTES);
 }
 
 // Each fills the members that its ISA does better. Called from that folder's table.c.
 void hb_linear8_table_ref(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx2(hb_kernels_linear8 *kernels);
-void hb_int8_pairs_table_avx2(hb_int8_pairs *pairs, hb_int8_pairs *strassen);
-void hb_int8_pairs_table_avx512(hb_int8_pairs *pairs, hb_int8_pairs *strassen);
+void hb_int8_pairs_table_avx2(hb_int8_pairs *pairs);
+void hb_int8_pairs_table_avx512(hb_int8_pairs *pairs);
 void hb_linear8_table_avxvnni(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx512(hb_kernels_linear8 *kernels);
 void hb_linear8_table_avx512vnni(hb_kernels_linear8 *kernels);

@@ -181,7 +181,7 @@ static void sum_pairs(const hb_product8 *p, int64_t m, int64_t n_x, int64_t out,
         const int64_t r = i / blocks * HB_INT8_PAIR_W, k = i % blocks * HB_INT8_PAIR_STEPS;
         const int64_t n_rows = hb_least(HB_INT8_PAIR_W, n_out - r);
         const int64_t n_steps = hb_least(HB_INT8_PAIR_STEPS, p->depth - k);
-        const int64_t block_at = k > 0 ? hb_int8_pair_bytes(pairs, k, p->int8_rows) : 0;
+        const int64_t block_at = k > 0 ? hb_int8_pair_bytes(k, p->int8_rows) : 0;
         pairs->widen_w(p->codes + (out + r) * p->depth + k, p->depth, n_rows, n_steps, panel);
         const unsigned char *tiles = p->prepared + m / p->int8_rows * p->prepared_stride + block_at;
         for (int64_t t = 0; t < n_x; t += p->int8_rows) {
@@ -248,13 +248,6 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
     }
 }
 
-// The kernels of pairs for so many rows of x, or NULL.
-static const hb_int8_pairs *pairs_for(const hb_kernels_linear8 *k, int64_t x_rows)
-{
-    if (k->strassen.from > 0 && x_rows >= k->strassen.from) return &k->strassen;
-    return k->pairs.from > 0 && x_rows >= k->pairs.from ? &k->pairs : NULL;
-}
-
 hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error)
 {
     const hb_kernels_linear8 *k = &p->kernels->linear8;
@@ -265,14 +258,14 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
     const bool has_threshold = p->threshold == p->threshold;
     const int64_t stride = hb_round_up(p->depth, 64);
     p->tiles = k->tile_int8 != NULL && p->x_rows >= k->tile_int8_from;
-    if (!p->tiles) p->pairs = pairs_for(k, p->x_rows);
+    if (!p->tiles && k->pairs.from > 0 && p->x_rows >= k->pairs.from) p->pairs = &k->pairs;
     const bool together = p->tiles || p->pairs != NULL; // rows of x, in prepared memory
     p->int8_rows = p->tiles           ? k->tile_int8_rows
                    : p->pairs != NULL ? p->pairs->rows
                                       : k->dot_int8_rows;
     p->group = together || !has_threshold ? p->int8_rows : set->tile_rows;
     p->prepared_stride = p->tiles           ? hb_int8_tile_bytes(p->depth, k->tile_int8_rows)
-                         : p->pairs != NULL ? hb_int8_pair_bytes(p->pairs, p->depth, p->int8_rows)
+                         : p->pairs != NULL ? hb_int8_pair_bytes(p->depth, p->int8_rows)
                                             : hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
     hb_product8_plan_grid(p, p->group, INT64_MAX);
     p->sums_rows = p->pairs != NULL ? hb_least(p->x_per_chunk, PAIR_PASS_ROWS) : p->group;
@@ -290,8 +283,7 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
     p->panel_at = p->codes_at + hb_round_up(codes, 64);
     p->sums_at = p->panel_at;
     if (p->pairs != NULL)
-        p->sums_at +=
-            hb_int8_pair_bytes(p->pairs, hb_least(p->depth, HB_INT8_PAIR_STEPS), HB_INT8_PAIR_W);
+        p->sums_at += hb_int8_pair_bytes(hb_least(p->depth, HB_INT8_PAIR_STEPS), HB_INT8_PAIR_W);
     p->extra_at = p->sums_at + (p->c != NULL ? 0 : p->sums_rows * HB_PRODUCT8_BLOCK * 4);
     p->lane_bytes = p->extra_at;
     const int64_t lanes_at = hb_scratch_reserve(&scratch, n_lanes * p->lane_bytes);

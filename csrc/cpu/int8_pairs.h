@@ -19,9 +19,9 @@
 // 256: a pair of products of such sums is at most 2^17, sums wrap around: exact for every code,
 // -128 too. The sums begin with what is to be subtracted.
 //
-// The file that includes this defines `vector`, LANES (of 32 bits), VECTORS (of a strip), TILE_X,
-// and
-//   load(p), store(p, v), add_i32(u, v), broadcast_i32(p), zero()
+// The file that includes this defines `vector`, LANES (of 32 bits), VECTORS (of a strip), TILE_X
+// (rows of x), and
+//   load(p), store(p, v), add_i32(u, v), broadcast_i32(p)
 //   add_quad(sum, first_of_x, second_of_x, first, second)   one row of x by VECTORS vectors of W
 // Accuracy: exact (kernels_linear8.h).
 #ifndef HB_CPU_INT8_PAIRS_H
@@ -33,6 +33,7 @@ enum {
     STRIP = LANES * VECTORS,
     GROUP = HB_INT8_PAIR_GROUP,
     QUAD_BYTES = STRIP * 8,
+    LINES = TILE_X * STRIP / HB_INT8_PAIR_W,
 };
 
 // The first codes of quads and the second ones, widened.
@@ -66,7 +67,7 @@ static inline void widen_x(const int8_t *codes, int64_t x_stride, int n_x, int64
     do {
         const int64_t n = depth - k < HB_INT8_PAIR_STEPS ? depth - k : HB_INT8_PAIR_STEPS;
         for (int t = 0; t < n_x; t++) widen_x_block(codes + t * x_stride + k, n, t, block);
-        block += hb_int8_pair_block_bytes(n, TILE_X);
+        block += hb_int8_pair_bytes(n, TILE_X);
         k += n;
     } while (k < depth);
 }
@@ -124,7 +125,7 @@ static inline void widen_w(const int8_t *w, int64_t w_stride, int64_t n_rows, in
 {
     for (int64_t r = 0; r < n_rows; r += 8) {
         const int64_t strip = r / STRIP * STRIP, in_strip = r - strip;
-        uint8_t *block = (uint8_t *)panel + strip / STRIP * hb_int8_pair_block_bytes(depth, STRIP);
+        uint8_t *block = (uint8_t *)panel + strip / STRIP * hb_int8_pair_bytes(depth, STRIP);
         uint8_t *out = block + STRIP * HB_INT8_PAIR_ROW_BYTES + in_strip / LANES * LANES * 8 +
                        in_strip % LANES * 4;
         int32_t *beginnings = (int32_t *)block + in_strip;
@@ -146,10 +147,10 @@ INLINE void store_lanes(vector v, int64_t n, bool add, int32_t *c)
 }
 
 // sum[t][v]: n_x rows of x, a constant at every call, by a strip. Of the block of x at `next`,
-// which comes after this one, `lines` of TILE_X lines are asked for in each step: all at once, they
-// would hold up the loads of W.
+// which comes after this one, each strip of a panel asks for LINES of TILE_X lines in each step:
+// all at once, they would hold up the loads of W.
 INLINE void sum_strip(const uint8_t *w, int64_t depth, const uint8_t *x, const int n_x,
-                      const uint8_t *next, const int lines, vector sum[TILE_X][VECTORS])
+                      const uint8_t *next, vector sum[TILE_X][VECTORS])
 {
 #pragma GCC unroll 8
     for (int t = 0; t < n_x; t++)
@@ -162,7 +163,7 @@ INLINE void sum_strip(const uint8_t *w, int64_t depth, const uint8_t *x, const i
     for (int64_t k = 0; k < depth;
          k += GROUP, x += TILE_X * GROUP * 2, next += TILE_X * GROUP * 2) {
 #pragma GCC unroll 8
-        for (int i = 0; i < lines; i++) _mm_prefetch((const char *)next + i * 64, _MM_HINT_T0);
+        for (int i = 0; i < LINES; i++) _mm_prefetch((const char *)next + i * 64, _MM_HINT_T0);
 #pragma GCC unroll 2
         for (int q = 0; q < GROUP / 4; q++, w += QUAD_BYTES) {
             vector first[VECTORS], second[VECTORS];
@@ -184,12 +185,11 @@ INLINE void multiply_rows(const uint8_t *panel, int64_t n_rows, int64_t depth, c
                           const uint8_t *next, const int n_x, int present, bool add, int32_t *c,
                           int64_t c_stride)
 {
-    enum { LINES = TILE_X * STRIP / HB_INT8_PAIR_W }; // of each step, by each strip
-    const int64_t bytes = hb_int8_pair_block_bytes(depth, STRIP);
+    const int64_t bytes = hb_int8_pair_bytes(depth, STRIP);
     for (int64_t r = 0; r < n_rows; r += STRIP, panel += bytes, next += LINES * 64) {
         const int64_t n_w = n_rows - r < STRIP ? n_rows - r : STRIP;
         vector sum[TILE_X][VECTORS];
-        sum_strip(panel, depth, tile, n_x, next, LINES, sum);
+        sum_strip(panel, depth, tile, n_x, next, sum);
 #pragma GCC unroll 8
         for (int t = 0; t < n_x; t++) {
             if (t >= present) break;

@@ -186,24 +186,15 @@ COUNT_GROUP(linear8_counts)
     }
     if (CHECK_NEW(c, linear8.pairs.multiply)) {
         enum { PANEL = HB_INT8_PAIR_W };
-        const hb_int8_pairs *sets[] = {&k->pairs, &k->strassen};
-        static const char *const names[][2] = {
-            {"linear8 pairs widen_w", "linear8 pairs multiply"},
-            {"linear8 strassen widen_w", "linear8 strassen multiply"},
-        };
-        for (int i = 0; i < 2; i++) {
-            const hb_int8_pairs *set = sets[i];
-            const size_t tile_bytes = (size_t)hb_int8_pair_bytes(set, DEPTH, set->rows);
-            const size_t wide_bytes = (size_t)hb_int8_pair_bytes(set, DEPTH, PANEL);
-            void *tile = check_buffer(c, tile_bytes, CHECK_BEGIN);
-            void *wide = check_buffer(c, wide_bytes, CHECK_BEGIN);
-            int32_t *sums = check_buffer(c, HB_INT8_PAIR_MAX_X * PANEL * sizeof *sums, CHECK_BEGIN);
-            set->widen_x(codes, 0, set->rows, DEPTH, tile);
-            CHECK_COUNT(c, names[i][0], PANEL * DEPTH, "weight")
-            set->widen_w(w, DEPTH, PANEL, DEPTH, wide);
-            CHECK_COUNT(c, names[i][1], PANEL * DEPTH * set->rows, "product")
-            set->multiply(wide, PANEL, DEPTH, tile, tile, set->rows, false, sums, PANEL);
-        }
+        const hb_int8_pairs *set = &k->pairs;
+        void *tile = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, set->rows), CHECK_BEGIN);
+        void *wide = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, PANEL), CHECK_BEGIN);
+        int32_t *sums = check_buffer(c, HB_INT8_PAIR_MAX_X * PANEL * sizeof *sums, CHECK_BEGIN);
+        set->widen_x(codes, 0, set->rows, DEPTH, tile);
+        CHECK_COUNT(c, "linear8 pairs widen_w", PANEL * DEPTH, "weight")
+        set->widen_w(w, DEPTH, PANEL, DEPTH, wide);
+        CHECK_COUNT(c, "linear8 pairs multiply", PANEL * DEPTH * set->rows, "product")
+        set->multiply(wide, PANEL, DEPTH, tile, tile, set->rows, false, sums, PANEL);
     }
     if (CHECK_NEW(c, linear8.dot_f32)) {
         CHECK_COUNT(c, "linear8 dot_f32, 1 of x", ROWS * DEPTH, "product")

@@ -16,14 +16,14 @@ static void check_pairs(check *c, const hb_int8_pairs *pairs, int64_t depth, int
     const int64_t w_stride = depth + check_random_below(c, 3) * 7;
     const int64_t c_stride = n_rows + check_random_below(c, 3);
     const int64_t x_stride = depth + check_random_below(c, 3) * 5;
-    check_label(c, "pairs%s, %d x, depth %d, %d rows, stride %d", pairs->halves ? " of halves" : "",
-                n_x, (int)depth, (int)n_rows, (int)w_stride);
+    check_label(c, "pairs, %d x, depth %d, %d rows, stride %d", n_x, (int)depth, (int)n_rows,
+                (int)w_stride);
     const int64_t w_bytes = n_rows > 0 ? (n_rows - 1) * w_stride + depth : 0;
     const int64_t n_out = (n_x - 1) * c_stride + n_rows;
     int8_t *w = check_buffer(c, (size_t)w_bytes, CHECK_END);
     const int64_t x_bytes = (n_x - 1) * x_stride + depth;
     int8_t *x = check_buffer(c, (size_t)x_bytes, CHECK_END);
-    const size_t tile_bytes = (size_t)hb_int8_pair_bytes(pairs, depth, pairs->rows);
+    const size_t tile_bytes = (size_t)hb_int8_pair_bytes(depth, pairs->rows);
     uint8_t *tile = check_buffer(c, tile_bytes, CHECK_BEGIN);
     int32_t *got = check_buffer(c, (size_t)n_out * sizeof *got, CHECK_END);
     int32_t *want = malloc((size_t)(n_out + 1) * sizeof *want);
@@ -40,11 +40,11 @@ static void check_pairs(check *c, const hb_int8_pairs *pairs, int64_t depth, int
     int64_t k = 0, at = 0;
     do {
         const int64_t n = min_i64(HB_INT8_PAIR_STEPS, depth - k);
-        const int64_t bytes = hb_int8_pair_bytes(pairs, n, HB_INT8_PAIR_W);
+        const int64_t bytes = hb_int8_pair_bytes(n, HB_INT8_PAIR_W);
         uint8_t *panel = check_buffer(c, (size_t)bytes, CHECK_BEGIN);
         pairs->widen_w(w + k, w_stride, n_rows, n, panel);
         pairs->multiply(panel, n_rows, n, tile + at, tile, n_x, k > 0, got, c_stride);
-        at += hb_int8_pair_bytes(pairs, n, pairs->rows);
+        at += hb_int8_pair_bytes(n, pairs->rows);
         k += n;
     } while (k < depth);
     CHECK(c, at == (int64_t)tile_bytes, "blocks of %d bytes, a tile has %d", (int)at,
@@ -59,19 +59,21 @@ static void bench_pairs(check *c, const hb_int8_pairs *pairs)
     enum { STEPS = HB_INT8_PAIR_STEPS, W = HB_INT8_PAIR_W };
     const int x = pairs->rows;
     int8_t *codes = check_buffer(c, W * STEPS, CHECK_BEGIN);
-    void *tile = check_buffer(c, (size_t)hb_int8_pair_bytes(pairs, STEPS, x), CHECK_BEGIN);
-    void *panel = check_buffer(c, (size_t)hb_int8_pair_bytes(pairs, STEPS, W), CHECK_BEGIN);
+    void *tile = check_buffer(c, (size_t)hb_int8_pair_bytes(STEPS, x), CHECK_BEGIN);
+    void *panel = check_buffer(c, (size_t)hb_int8_pair_bytes(STEPS, W), CHECK_BEGIN);
     int32_t *sums = check_buffer(c, (size_t)(W * x) * sizeof *sums, CHECK_BEGIN);
     check_fill_codes(c, codes, W * STEPS);
     pairs->widen_x(codes, STEPS, x, STEPS, tile);
-    CHECK_BENCH(c, b, pairs->halves ? "int8 halves widen" : "int8 pairs widen", W * STEPS * 3, 0)
+    CHECK_BENCH(c, b, "int8 pairs widen", W * STEPS * 3, 0)
     pairs->widen_w(codes, STEPS, W, STEPS, panel);
-    CHECK_BENCH(c, b, pairs->halves ? "int8 halves" : "int8 pairs", 0, 2.0 * W * x * STEPS)
+    CHECK_BENCH(c, b, "int8 pairs", 0, 2.0 * W * x * STEPS)
     pairs->multiply(panel, W, STEPS, tile, tile, x, false, sums, W);
 }
 
-static void check_set(check *c, const hb_int8_pairs *pairs)
+CHECK_GROUP(int8_pairs)
 {
+    const hb_int8_pairs *pairs = &c->kernels->linear8.pairs;
+    if (!CHECK_NEW(c, linear8.pairs.multiply)) return;
     if (c->bench) {
         bench_pairs(c, pairs);
         return;
@@ -89,10 +91,4 @@ static void check_set(check *c, const hb_int8_pairs *pairs)
         check_pairs(c, pairs, HB_INT8_PAIR_STEPS + 1, 4, n_x);
         check_pairs(c, pairs, 3 * HB_INT8_PAIR_STEPS - 33, n_x == 1 ? 64 : 35, n_x);
     }
-}
-
-CHECK_GROUP(int8_pairs)
-{
-    if (CHECK_NEW(c, linear8.pairs.multiply)) check_set(c, &c->kernels->linear8.pairs);
-    if (CHECK_NEW(c, linear8.strassen.multiply)) check_set(c, &c->kernels->linear8.strassen);
 }

@@ -1,5 +1,5 @@
 // Sums of int8 products, two by one multiplication of int16: strips of 16 rows of W, 8 lanes each.
-// Formula, layout, accuracy: cpu/int8_pairs.h, int8_strassen.h.
+// Formula, layout, accuracy: cpu/int8_pairs.h.
 //
 // Registers: 8 sums, 4 for a quad of W, 4 for a row of x and its products. A row of x is one piece
 // of assembly, as gcc 12 moves sums to the stack and back otherwise.
@@ -13,8 +13,7 @@ enum {
     LANES = 8,
     VECTORS = 2,
     TILE_X = 4,
-    FROM = 3,            // below dot_int8 has W in registers
-    STRASSEN_FROM = 256, // 128 rows: equal
+    FROM = 3, // below dot_int8 has W in registers
 };
 
 INLINE vector load(const void *p)
@@ -30,16 +29,6 @@ INLINE void store(void *p, vector v)
 INLINE vector add_i32(vector u, vector v)
 {
     return _mm256_add_epi32(u, v);
-}
-
-INLINE vector sub_i32(vector u, vector v)
-{
-    return _mm256_sub_epi32(u, v);
-}
-
-INLINE vector zero(void)
-{
-    return _mm256_setzero_si256();
 }
 
 INLINE vector broadcast_i32(const void *p)
@@ -76,16 +65,10 @@ INLINE void add_quad(vector sum[VECTORS], const void *x_first, const void *x_sec
 #endif
 }
 
-#include "cpu/int8_strassen.h"
+#include "cpu/int8_pairs.h"
 
-void hb_int8_pairs_table_avx2(hb_int8_pairs *pairs, hb_int8_pairs *strassen)
+void hb_int8_pairs_table_avx2(hb_int8_pairs *pairs)
 {
     *pairs = (hb_int8_pairs){
         .from = FROM, .rows = TILE_X, .widen_x = widen_x, .widen_w = widen_w, .multiply = multiply};
-    *strassen = (hb_int8_pairs){.from = STRASSEN_FROM,
-                                .rows = 2 * TILE_X,
-                                .halves = true,
-                                .widen_x = widen_x_strassen,
-                                .widen_w = widen_w_strassen,
-                                .multiply = multiply_strassen};
 }

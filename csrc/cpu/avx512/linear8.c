@@ -272,7 +272,7 @@ void hb_linear8_table_avx512(hb_kernels_linear8 *kernels)
     kernels->prepared_bytes = 2;
     kernels->prepare_int8 = prepare_int8;
     kernels->dot_int8 = dot_int8;
-    hb_int8_pairs_table_avx512(&kernels->pairs, &kernels->strassen);
+    hb_int8_pairs_table_avx512(&kernels->pairs);
     kernels->rescale = rescale;
     kernels->dot_f32 = dot_f32;
     kernels->decode_rows = decode_rows;

@@ -127,6 +127,5 @@ void hb_linear8_table_avx512vnni(hb_kernels_linear8 *kernels)
     kernels->prepared_bytes = 1;
     kernels->prepare_int8 = prepare_int8;
     kernels->dot_int8 = dot_int8;
-    // Of AVX2: multiplications of bytes are faster for any rows.
-    kernels->pairs.from = kernels->strassen.from = 0;
+    kernels->pairs.from = 0; // of AVX2: multiplications of bytes are faster for any rows
 }
