@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -206,3 +207,13 @@ def test_cache_size_is_plausible():
 
 def test_no_bars_of_nothing():
     assert chart.bars({"environment": {"threads": [1]}, "rows": []}) is None
+
+
+def test_a_bar_that_would_hide_the_others_is_broken():
+    environment = {"threads": [2], "size": [8, 8], "cpu": "a processor", "isa": "ref"}
+    times = {"read": 10.0, "halfbyte": 20.0, "torch": 200.0, "bitsandbytes": 5000.0}
+    rows = [{"title": "one row", "threads": 2, "name": n, "p10_us": t} for n, t in times.items()]
+    picture = chart.bars({"environment": environment, "rows": rows})
+    widths = [float(w) for w in re.findall(r'<rect x="260" y="\d+" width="([\d.]+)"', picture)]
+    assert widths == [chart.WIDTH / 20, chart.WIDTH / 10, chart.WIDTH, chart.WIDTH]
+    assert picture.count("<path") == 1 and "5,000" in picture

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BAR, GAP, LEFT, WIDTH, TOP = 18, 6, 260, 420, 64
+LONGEST = 20  # bars more than that many times as long as the shortest are cut off, or it could not be seen
 COLORS = {
     "read": "#9aa0a6",
     "halfbyte": "#1a73e8",
@@ -27,7 +28,8 @@ COLORS = {
 
 def bars(result: dict[str, Any], titles: Sequence[str] = ("one row",)) -> str | None:
     """An SVG with one bar per entry of the tables called `titles`, at the largest number of threads; its length is the
-    time, the longest of each table alike. None when nothing of it was measured, as below."""
+    time, the longest of each table alike, and bars more than LONGEST times the shortest are broken. None when nothing
+    of it was measured, as below."""
     described = result["environment"]
     threads = max(described["threads"])
     lines: list[str] = []
@@ -41,15 +43,19 @@ def bars(result: dict[str, Any], titles: Sequence[str] = ("one row",)) -> str | 
             lines.append(f'<text x="12" y="{y + 8}" font-size="14">{escape(title)}</text>')
             y += 18
         rows.sort(key=lambda row: float(row["p10_us"]))
-        longest = max(row["p10_us"] for row in rows)
+        limit = LONGEST * rows[0]["p10_us"]
+        longest = max(row["p10_us"] for row in rows if row["p10_us"] <= limit)
         for row in rows:
-            length = max(1.0, row["p10_us"] / longest * WIDTH)
+            length = min(max(1.0, row["p10_us"] / longest * WIDTH), WIDTH)
             color = COLORS.get(row["name"].split()[0], "#5f6368")
             lines += [
                 f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(row["name"])}</text>',
                 f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{color}"/>',
                 f'<text x="{LEFT + length + 6:.1f}" y="{y + 14}">{row["p10_us"]:,.0f}</text>',
             ]
+            if row["p10_us"] > limit:
+                gap = f"M{LEFT + WIDTH - 40} {y + BAR + 1} l8 -{BAR + 2}"
+                lines.append(f'<path d="{gap}" stroke="white" stroke-width="4"/>')
             y += BAR + GAP
         y += 12
     if not lines:
