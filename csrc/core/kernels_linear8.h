@@ -32,7 +32,6 @@
 // c. Source: S. Winograd, "A new algorithm for inner product", IEEE Trans. Comput. C-17 (1968).
 enum {
     HB_INT8_PAIR_STEPS = 1024,
-    HB_INT8_PAIR_MAX_X = 8,     // rows of x at most that are widened to one tile
     HB_INT8_PAIR_W = 64,        // rows of W at most that are widened to one panel
     HB_INT8_PAIR_GROUP = 32,    // blocks are filled up with zeros to a multiple
     HB_INT8_PAIR_ROW_BYTES = 32 // of a row of a block, before its elements: what is subtracted
@@ -40,7 +39,7 @@ enum {
 
 typedef struct {
     int32_t from; // rows of x from which on core takes it; 0: there is none
-    int32_t rows; // of x in a tile, <= HB_INT8_PAIR_MAX_X
+    int32_t rows; // of x in a tile
     // codes [n_x, depth], n_x in 1..rows, x_stride bytes apart -> a tile of
     // hb_int8_pair_bytes(depth, rows), block by block.
     void (*widen_x)(const int8_t *codes, int64_t x_stride, int n_x, int64_t depth, void *tile);

@@ -23,9 +23,7 @@ enum {
 };
 
 typedef struct {
-    const hb_kernels *kernels;
-    hb_pool *pool;
-    hb_scratch_store *scratch;
+    hb_context *context;
     hb_matrix x, y;
     const int8_t *codes;
     const float *scale;
@@ -44,10 +42,9 @@ typedef struct {
     // Scratch.
     unsigned char *prepared; // rows of x (dot), or tiles (panels, int8 where `tiles`)
     int64_t prepared_stride;
-    bool tiles;                 // int8: tile_int8 multiplies, not dot_int8
-    const hb_int8_pairs *pairs; // or, if not NULL, these
-    int64_t int8_rows;          // rows of x that one call of theirs takes
-    int64_t sums_rows;          // rows of x whose integer sums a lane keeps
+    bool tiles, pairs; // int8: tile_int8 or the kernels of pairs multiply, not dot_int8
+    int64_t int8_rows; // rows of x that one call of theirs takes
+    int64_t sums_rows; // rows of x whose integer sums a lane keeps
     int64_t group; // rows of x that share a unit of the grid: what tiles of outliers never straddle
     float *x_factor; // [x_rows]: scale / 127
     uint8_t *marks;  // [depth], outlier columns; one more per lane behind it

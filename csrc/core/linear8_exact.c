@@ -15,7 +15,7 @@ static void scale_sums(const hb_product8 *p, int64_t begin, int64_t n, const flo
 static void dot_chunks(void *arg, int64_t begin, int64_t end, int lane)
 {
     const hb_product8 *p = arg;
-    const hb_kernels_linear8 *k = &p->kernels->linear8;
+    const hb_kernels_linear8 *k = &p->context->kernels.linear8;
     (void)lane;
     _Alignas(64) float sums[HB_PRODUCT8_DOT_UNTIL * HB_PRODUCT8_BLOCK];
     for (int64_t chunk = begin; chunk < end; chunk++) {
@@ -43,8 +43,8 @@ hb_status hb_product8_dot(hb_product8 *p, const char *function, hb_error *error)
     hb_scratch scratch = {0};
     (void)hb_scratch_reserve(&scratch, p->x_rows * p->prepared_stride);
     _Alignas(64) unsigned char stack[HB_PRODUCT8_STACK_BYTES];
-    HB_TRY(
-        hb_scratch_open(&scratch, p->scratch, stack, sizeof stack, function, &p->prepared, error));
+    HB_TRY(hb_scratch_open(&scratch, p->context->scratch, stack, sizeof stack, function,
+                           &p->prepared, error));
     for (int64_t m = 0; m < p->x_rows; m++) {
         float *row = (float *)(p->prepared + m * p->prepared_stride);
         const int64_t offset = hb_matrix_row_offset(&p->x, m);
@@ -62,7 +62,7 @@ hb_status hb_product8_dot(hb_product8 *p, const char *function, hb_error *error)
 static void pack_tiles(void *arg, int64_t begin, int64_t end, int lane)
 {
     const hb_product8 *p = arg;
-    const hb_linear4_set *set = &p->kernels->linear4.f32;
+    const hb_linear4_set *set = &p->context->kernels.linear4.f32;
     unsigned char *gathered = p->lanes + lane * p->lane_bytes;
     for (int64_t t = begin; t < end; t++) {
         const int64_t m = p->x_begin + t * set->tile_rows;
@@ -78,21 +78,21 @@ static void pack_tiles(void *arg, int64_t begin, int64_t end, int lane)
 static void decode_panel(const hb_product8 *p, int64_t out, int64_t n_out, int64_t step,
                          int64_t n_steps, float *factors, float *panel)
 {
-    const int cols = p->kernels->linear4.f32.tile_cols;
+    const int cols = p->context->kernels.linear4.f32.tile_cols;
     if (!p->backward) {
-        p->kernels->linear8.decode_rows(p->codes + out * p->depth + step, p->depth, n_out, n_steps,
-                                        cols, panel);
+        p->context->kernels.linear8.decode_rows(p->codes + out * p->depth + step, p->depth, n_out,
+                                                n_steps, cols, panel);
         return;
     }
     for (int64_t r = 0; r < n_steps; r++) factors[r] = p->scale[step + r] * HB_INT8_UNIT;
-    p->kernels->linear8.decode_cols(p->codes + step * p->depth + out, p->depth, factors, n_steps,
-                                    n_out, cols, panel);
+    p->context->kernels.linear8.decode_cols(p->codes + step * p->depth + out, p->depth, factors,
+                                            n_steps, n_out, cols, panel);
 }
 
 static void multiply_panels(const hb_product8 *p, int64_t out, int64_t tile_begin, int64_t tile_end,
                             int64_t m_end, unsigned char *scratch)
 {
-    const hb_linear4_set *set = &p->kernels->linear4.f32;
+    const hb_linear4_set *set = &p->context->kernels.linear4.f32;
     const int64_t cols = set->tile_cols, n_out = hb_least(cols, p->outputs - out);
     const int64_t tile_sums = set->tile_rows * cols;
     float *panel = (float *)scratch;
@@ -121,8 +121,8 @@ static void multiply_panels(const hb_product8 *p, int64_t out, int64_t tile_begi
 static void panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
 {
     const hb_product8 *p = arg;
-    const int64_t cols = p->kernels->linear4.f32.tile_cols;
-    const int64_t tile_rows = p->kernels->linear4.f32.tile_rows;
+    const int64_t cols = p->context->kernels.linear4.f32.tile_cols;
+    const int64_t tile_rows = p->context->kernels.linear4.f32.tile_rows;
     for (int64_t chunk = begin; chunk < end; chunk++) {
         const int64_t out_begin = chunk / p->x_chunks * HB_PRODUCT8_BLOCK;
         const int64_t out_end = hb_least(out_begin + HB_PRODUCT8_BLOCK, p->outputs);
@@ -136,7 +136,7 @@ static void panel_chunks(void *arg, int64_t begin, int64_t end, int lane)
 
 hb_status hb_product8_panels(hb_product8 *p, const char *function, hb_error *error)
 {
-    const hb_linear4_set *set = &p->kernels->linear4.f32;
+    const hb_linear4_set *set = &p->context->kernels.linear4.f32;
     const int n_lanes = p->n_lanes = hb_product8_lanes(p);
     const int64_t item = (int64_t)hb_dtype_bytes(p->x.view->dtype), all_rows = p->x_rows;
     const int64_t pass_rows = hb_least(PASS_ROWS / set->tile_rows * set->tile_rows, all_rows);
@@ -158,8 +158,8 @@ hb_status hb_product8_panels(hb_product8 *p, const char *function, hb_error *err
     const int64_t lanes_at = hb_scratch_reserve(&scratch, n_lanes * p->lane_bytes);
 
     _Alignas(64) unsigned char stack[HB_PRODUCT8_STACK_BYTES];
-    HB_TRY(
-        hb_scratch_open(&scratch, p->scratch, stack, sizeof stack, function, &p->prepared, error));
+    HB_TRY(hb_scratch_open(&scratch, p->context->scratch, stack, sizeof stack, function,
+                           &p->prepared, error));
     p->lanes = p->prepared + lanes_at;
     for (p->x_begin = 0; p->x_begin < all_rows; p->x_begin += pass_rows) {
         const int64_t n = p->pass_rows = hb_least(pass_rows, all_rows - p->x_begin);

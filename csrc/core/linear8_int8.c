@@ -14,8 +14,8 @@ static void mark_outliers(void *arg, int64_t begin, int64_t end, int lane)
     const hb_dtype io = p->x.view->dtype;
     int64_t stride;
     for (int64_t m = begin; m < end; m++)
-        p->kernels->codec.outliers_int8[io](hb_matrix_rows(&p->x, m, 1, row, &stride), p->depth,
-                                            p->threshold, marks);
+        p->context->kernels.codec.outliers_int8[io](hb_matrix_rows(&p->x, m, 1, row, &stride),
+                                                    p->depth, p->threshold, marks);
 }
 
 // Marks of all rows, and the list of marked columns.
@@ -32,7 +32,7 @@ static void find_outliers(hb_product8 *p, int n_lanes, bool serial)
 
 static void prepare_row(const hb_product8 *p, int64_t m, const int8_t *codes)
 {
-    const hb_kernels_linear8 *k = &p->kernels->linear8;
+    const hb_kernels_linear8 *k = &p->context->kernels.linear8;
     unsigned char *tile = p->prepared + m / p->int8_rows * p->prepared_stride;
     if (p->tiles)
         k->prepare_tile(codes, p->depth, (int)(m % p->int8_rows), tile);
@@ -45,7 +45,7 @@ static const int8_t *codes_of_row(const hb_product8 *p, int64_t m, unsigned char
                                   int8_t *room)
 {
     if (p->c != NULL) return p->a + m * p->depth; // a may be NULL without elements
-    const hb_kernels_codec *codec = &p->kernels->codec;
+    const hb_kernels_codec *codec = &p->context->kernels.codec;
     int64_t stride;
     const void *row = hb_matrix_rows(&p->x, m, 1, scratch + p->row_at, &stride);
     const hb_dtype io = p->x.view->dtype;
@@ -74,14 +74,15 @@ static void quantize_tiles(void *arg, int64_t begin, int64_t end, int lane)
         int8_t *room = (int8_t *)(scratch + p->codes_at);
         const int8_t *codes = codes_of_row(p, m, scratch, room);
         for (int64_t i = 1; i < n; i++) (void)codes_of_row(p, m + i, scratch, room + i * p->depth);
-        p->pairs->widen_x(codes, p->depth, (int)n, p->depth, p->prepared + t * p->prepared_stride);
+        p->context->kernels.linear8.pairs.widen_x(codes, p->depth, (int)n, p->depth,
+                                                  p->prepared + t * p->prepared_stride);
     }
 }
 
 // Tiles of outliers in a group.
 static int64_t outlier_tiles(const hb_product8 *p)
 {
-    return hb_ceil_div(p->group, p->kernels->linear4.f32.tile_rows);
+    return hb_ceil_div(p->group, p->context->kernels.linear4.f32.tile_rows);
 }
 
 // Outlier columns of tile t of x, as the float32 tile takes them. The columns are gathered into the
@@ -89,7 +90,7 @@ static int64_t outlier_tiles(const hb_product8 *p)
 static void pack_outliers(void *arg, int64_t begin, int64_t end, int lane)
 {
     const hb_product8 *p = arg;
-    const hb_linear4_set *set = &p->kernels->linear4.f32;
+    const hb_linear4_set *set = &p->context->kernels.linear4.f32;
     float *gathered = (float *)(p->lanes + lane * p->lane_bytes + p->extra_at);
     for (int64_t t = begin; t < end; t++) {
         const int64_t in_group = t % outlier_tiles(p) * set->tile_rows;
@@ -112,7 +113,7 @@ static void pack_outliers(void *arg, int64_t begin, int64_t end, int lane)
 // each.
 static void decode_outliers(const hb_product8 *p, int64_t out, int64_t n_out, float *panels)
 {
-    const int64_t cols = p->kernels->linear4.f32.tile_cols;
+    const int64_t cols = p->context->kernels.linear4.f32.tile_cols;
     memset(panels, 0, (size_t)(hb_round_up(n_out, cols) * p->n_columns) * sizeof(float));
     for (int64_t r = 0; r < n_out; r++) {
         const int8_t *row = p->codes + (out + r) * p->depth;
@@ -126,7 +127,7 @@ static void decode_outliers(const hb_product8 *p, int64_t out, int64_t n_out, fl
 static void multiply_outliers(const hb_product8 *p, int64_t t, int n_x, int64_t n_out,
                               const float *panels, float *sums, float *extra)
 {
-    const hb_linear4_set *set = &p->kernels->linear4.f32;
+    const hb_linear4_set *set = &p->context->kernels.linear4.f32;
     const int64_t cols = set->tile_cols;
     for (int64_t r = 0; r < n_out; r += cols) {
         for (int64_t step = 0; step < p->n_columns; step += set->panel_steps) {
@@ -145,7 +146,7 @@ static void multiply_outliers(const hb_product8 *p, int64_t t, int n_x, int64_t 
 static void sum_rows(const hb_product8 *p, int64_t m, int64_t n_x, int64_t out, int64_t n_out,
                      int32_t *c, int64_t c_stride)
 {
-    const hb_kernels_linear8 *k = &p->kernels->linear8;
+    const hb_kernels_linear8 *k = &p->context->kernels.linear8;
     const int8_t *w = p->codes + out * p->depth;
     for (int64_t i = 0; i < n_x; i += p->int8_rows) {
         const int n = (int)hb_least(p->int8_rows, n_x - i);
@@ -175,7 +176,7 @@ static void fetch_next(const hb_product8 *p, int64_t i, int64_t blocks, int64_t 
 static void sum_pairs(const hb_product8 *p, int64_t m, int64_t n_x, int64_t out, int64_t n_out,
                       unsigned char *panel, int32_t *c, int64_t c_stride)
 {
-    const hb_int8_pairs *pairs = p->pairs;
+    const hb_int8_pairs *pairs = &p->context->kernels.linear8.pairs;
     const int64_t blocks = p->depth > 0 ? hb_ceil_div(p->depth, HB_INT8_PAIR_STEPS) : 1;
     for (int64_t i = 0; i < hb_ceil_div(n_out, HB_INT8_PAIR_W) * blocks; i++) {
         const int64_t r = i / blocks * HB_INT8_PAIR_W, k = i % blocks * HB_INT8_PAIR_STEPS;
@@ -201,9 +202,9 @@ static void store_rows(const hb_product8 *p, int64_t m, int64_t n, int64_t out, 
 {
     float sums[HB_PRODUCT8_BLOCK];
     for (int64_t i = 0; i < n; i++) {
-        p->kernels->linear8.rescale(c + i * HB_PRODUCT8_BLOCK, p->x_factor[m + i],
-                                    extra != NULL ? extra + i * HB_PRODUCT8_BLOCK : NULL, factors,
-                                    n_out, sums);
+        p->context->kernels.linear8.rescale(c + i * HB_PRODUCT8_BLOCK, p->x_factor[m + i],
+                                            extra != NULL ? extra + i * HB_PRODUCT8_BLOCK : NULL,
+                                            factors, n_out, sums);
         hb_product8_store(p, m + i, out, n_out, sums);
     }
 }
@@ -212,7 +213,7 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
 {
     const hb_product8 *p = arg;
     unsigned char *scratch = p->lanes + lane * p->lane_bytes;
-    const int64_t tile_rows = p->kernels->linear4.f32.tile_rows;
+    const int64_t tile_rows = p->context->kernels.linear4.f32.tile_rows;
     int32_t *sums = (int32_t *)(scratch + p->sums_at);
     float *extra = (float *)(scratch + p->extra_at);
     float *tile_sums = extra + p->group * HB_PRODUCT8_BLOCK;
@@ -230,7 +231,7 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
         for (int64_t m = m_begin; m < m_end; m += p->sums_rows) { // x_per_chunk is a multiple
             const int64_t n_x = hb_least(p->sums_rows, m_end - m);
             int32_t *c = p->c != NULL ? p->c + m * p->rows + out : sums;
-            if (p->pairs != NULL)
+            if (p->pairs)
                 sum_pairs(p, m, n_x, out, n_out, scratch + p->panel_at, c, c_stride);
             else
                 sum_rows(p, m, n_x, out, n_out, c, c_stride);
@@ -250,25 +251,23 @@ static void int8_chunks(void *arg, int64_t begin, int64_t end, int lane)
 
 hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error)
 {
-    const hb_kernels_linear8 *k = &p->kernels->linear8;
-    const hb_linear4_set *set = &p->kernels->linear4.f32;
+    const hb_kernels_linear8 *k = &p->context->kernels.linear8;
+    const hb_linear4_set *set = &p->context->kernels.linear4.f32;
     const int n_lanes = p->n_lanes = hb_product8_lanes(p);
     const bool serial = n_lanes == 1;
     const bool few = p->x_rows * p->depth < 1 << 16;
     const bool has_threshold = p->threshold == p->threshold;
     const int64_t stride = hb_round_up(p->depth, 64);
     p->tiles = k->tile_int8 != NULL && p->x_rows >= k->tile_int8_from;
-    if (!p->tiles && k->pairs.from > 0 && p->x_rows >= k->pairs.from) p->pairs = &k->pairs;
-    const bool together = p->tiles || p->pairs != NULL; // rows of x, in prepared memory
-    p->int8_rows = p->tiles           ? k->tile_int8_rows
-                   : p->pairs != NULL ? p->pairs->rows
-                                      : k->dot_int8_rows;
+    p->pairs = !p->tiles && k->pairs.from > 0 && p->x_rows >= k->pairs.from;
+    const bool together = p->tiles || p->pairs; // rows of x, in prepared memory
+    p->int8_rows = p->tiles ? k->tile_int8_rows : p->pairs ? k->pairs.rows : k->dot_int8_rows;
     p->group = together || !has_threshold ? p->int8_rows : set->tile_rows;
-    p->prepared_stride = p->tiles           ? hb_int8_tile_bytes(p->depth, k->tile_int8_rows)
-                         : p->pairs != NULL ? hb_int8_pair_bytes(p->depth, p->int8_rows)
-                                            : hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
+    p->prepared_stride = p->tiles   ? hb_int8_tile_bytes(p->depth, k->tile_int8_rows)
+                         : p->pairs ? hb_int8_pair_bytes(p->depth, p->int8_rows)
+                                    : hb_int8_prepared_bytes(p->depth, k->prepared_bytes);
     hb_product8_plan_grid(p, p->group, INT64_MAX);
-    p->sums_rows = p->pairs != NULL ? hb_least(p->x_per_chunk, PAIR_PASS_ROWS) : p->group;
+    p->sums_rows = p->pairs ? hb_least(p->x_per_chunk, PAIR_PASS_ROWS) : p->group;
 
     hb_scratch scratch = {0}, more = {0};
     const int64_t units = together ? hb_ceil_div(p->x_rows, p->int8_rows) : p->x_rows;
@@ -279,10 +278,10 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
     const int64_t columns_at = has_threshold ? hb_scratch_reserve(&scratch, p->depth * 8) : 0;
     p->row_at = 0;
     p->codes_at = p->c != NULL || p->x.col_stride == 1 ? 0 : hb_round_up(p->depth * 4, 64);
-    const int64_t codes = p->depth * (p->c == NULL && p->pairs != NULL ? p->int8_rows : 1);
+    const int64_t codes = p->depth * (p->c == NULL && p->pairs ? p->int8_rows : 1);
     p->panel_at = p->codes_at + hb_round_up(codes, 64);
     p->sums_at = p->panel_at;
-    if (p->pairs != NULL)
+    if (p->pairs)
         p->sums_at += hb_int8_pair_bytes(hb_least(p->depth, HB_INT8_PAIR_STEPS), HB_INT8_PAIR_W);
     p->extra_at = p->sums_at + (p->c != NULL ? 0 : p->sums_rows * HB_PRODUCT8_BLOCK * 4);
     p->lane_bytes = p->extra_at;
@@ -290,14 +289,15 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
 
     _Alignas(64) unsigned char stack[HB_PRODUCT8_STACK_BYTES];
     unsigned char *memory;
-    HB_TRY(hb_scratch_open(&scratch, p->scratch, stack, sizeof stack, function, &memory, error));
+    HB_TRY(hb_scratch_open(&scratch, p->context->scratch, stack, sizeof stack, function, &memory,
+                           error));
     p->prepared = memory + prepared_at;
     p->x_factor = (float *)(memory + factor_at);
     p->marks = memory + marks_at;
     p->columns = (int64_t *)(memory + columns_at);
     p->lanes = memory + lanes_at;
     if (has_threshold) find_outliers(p, n_lanes, serial || few);
-    if (p->pairs != NULL)
+    if (p->pairs)
         hb_product8_run_chunks(p, serial || few, units, quantize_tiles);
     else
         hb_product8_run_chunks(p, serial || few, p->x_rows, quantize_rows);
@@ -312,7 +312,7 @@ hb_status hb_product8_int8(hb_product8 *p, const char *function, hb_error *error
         p->lane_bytes = hb_round_up(p->extra_at + 4 * (gathered > work ? gathered : work), 64);
         const int64_t outliers_at = hb_scratch_reserve(&more, n_tiles * p->outliers_stride);
         const int64_t more_at = hb_scratch_reserve(&more, n_lanes * p->lane_bytes);
-        status = hb_scratch_open(&more, p->scratch, NULL, 0, function, &memory, error);
+        status = hb_scratch_open(&more, p->context->scratch, NULL, 0, function, &memory, error);
         if (status == HB_OK) {
             p->outliers = memory + outliers_at;
             p->lanes = memory + more_at;

@@ -15,12 +15,12 @@ static bool is_small(const hb_product8 *p)
 
 int hb_product8_lanes(const hb_product8 *p)
 {
-    return is_small(p) ? 1 : hb_pool_threads(p->pool);
+    return is_small(p) ? 1 : hb_pool_threads(p->context->pool);
 }
 
 void hb_product8_run_chunks(hb_product8 *p, bool serial, int64_t n_chunks, hb_chunk_fn fn)
 {
-    hb_parallel_for_lanes(serial ? NULL : p->pool, p->n_lanes, n_chunks, fn, p);
+    hb_parallel_for_lanes(serial ? NULL : p->context->pool, p->n_lanes, n_chunks, fn, p);
 }
 
 void hb_product8_plan_grid(hb_product8 *p, int64_t unit, int64_t most_rows)
@@ -36,7 +36,7 @@ void hb_product8_plan_grid(hb_product8 *p, int64_t unit, int64_t most_rows)
 void hb_product8_store(const hb_product8 *p, int64_t m, int64_t begin, int64_t n, const float *sums)
 {
     const float *bias = p->bias != NULL ? p->bias + begin : NULL;
-    hb_matrix_finish(&p->kernels->linear4, &p->y, m, begin, n, sums, bias);
+    hb_matrix_finish(&p->context->kernels.linear4, &p->y, m, begin, n, sums, bias);
 }
 
 // ---- arguments --------------------------------------------------------------------------------
@@ -65,9 +65,7 @@ hb_status hb_matmul_int8(hb_context *context, const hb_device *device, const int
              "matmul_int8: depth, expected at most %d (sums must fit in int32), got %" PRId64,
              HB_INT8_MAX_DEPTH, depth);
     if (device->type == HB_CUDA) return hb_matmul_int8_cuda(device, a, b, m, n, depth, c, error);
-    hb_product8 p = {.kernels = &context->kernels,
-                     .pool = context->pool,
-                     .scratch = context->scratch,
+    hb_product8 p = {.context = context,
                      .codes = b,
                      .rows = n,
                      .depth = depth,
@@ -82,9 +80,7 @@ hb_status hb_matmul_int8(hb_context *context, const hb_device *device, const int
 static hb_product8 product_of(hb_context *context, const hb_view *x, const int8_t *codes,
                               const float *scale, int64_t rows, int64_t depth, const hb_view *y)
 {
-    hb_product8 p = {.kernels = &context->kernels,
-                     .pool = context->pool,
-                     .scratch = context->scratch,
+    hb_product8 p = {.context = context,
                      .x = hb_matrix_of(x),
                      .y = hb_matrix_of(y),
                      .codes = codes,

@@ -1,20 +1,11 @@
 #include "core/scratch.h"
 
+#include "core/sanitizer.h"
+
 #include <inttypes.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
-
-#if defined(__SANITIZE_ADDRESS__)
-#define KEEPS 0 // a write behind the end of a kept block would go unseen
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define KEEPS 0
-#endif
-#endif
-#if !defined(KEEPS)
-#define KEEPS 1
-#endif
 
 // Its memory begins behind it.
 struct hb_scratch_block {
@@ -84,7 +75,8 @@ void hb_scratch_close(hb_scratch *scratch)
     hb_scratch_block *block = scratch->block;
     scratch->block = NULL;
     if (block == NULL) return;
-    if (KEEPS && block->bytes <= HB_SCRATCH_KEPT_BYTES) {
+    // AddressSanitizer would not see a write behind the end of what a kept block was asked for.
+    if (!HB_ADDRESS_SANITIZER && block->bytes <= HB_SCRATCH_KEPT_BYTES) {
         for (int i = 0; i < HB_SCRATCH_KEPT; i++)
             if (put(scratch->store, i, block)) return;
         // All places are taken, by smaller blocks most likely: this one did not find room in them.

@@ -188,8 +188,8 @@ INLINE void adam8(void *p, const void *g, int64_t blocks, const hb_states8 *stat
 {
     const adam_maps maps = {.decoder1 = make_decoder(states->map1),
                             .decoder2 = make_decoder(states->map2),
-                            .ladder1 = load_ladder_of(states->search1, true),
-                            .ladder2 = load_ladder_of(states->search2, false)};
+                            .ladder1 = load_ladder(states->search1, true),
+                            .ladder2 = load_ladder(states->search2, false)};
     const step_lanes s = broadcast_scalars(mix ? HB_ADEMAMIX : HB_ADAM, scalars);
     group new;
     for (int64_t first = 0; first < blocks; first += GROUP) {
@@ -213,22 +213,18 @@ INLINE void adam8(void *p, const void *g, int64_t blocks, const hb_states8 *stat
     }
 }
 
-#define ADAM8(io, dtype, isa)                                                                      \
-    void hb_dyn8_adam_##io##_##isa(void *p, const void *g, int64_t blocks,                         \
-                                   const hb_states8 *states, const hb_optim_scalars *scalars)      \
+#define ADAM8_OF(optimizer, mix, io, dtype, isa)                                                   \
+    void hb_dyn8_##optimizer##_##io##_##isa(void *p, const void *g, int64_t blocks,                \
+                                            const hb_states8 *states,                              \
+                                            const hb_optim_scalars *scalars)                       \
     {                                                                                              \
         if (scalars->gnorm_scale == 1.0f)                                                          \
-            adam8(p, g, blocks, states, scalars, false, false, dtype);                             \
+            adam8(p, g, blocks, states, scalars, mix, false, dtype);                               \
         else                                                                                       \
-            adam8(p, g, blocks, states, scalars, false, true, dtype);                              \
-    }                                                                                              \
-    void hb_dyn8_ademamix_##io##_##isa(void *p, const void *g, int64_t blocks,                     \
-                                       const hb_states8 *states, const hb_optim_scalars *scalars)  \
-    {                                                                                              \
-        if (scalars->gnorm_scale == 1.0f)                                                          \
-            adam8(p, g, blocks, states, scalars, true, false, dtype);                              \
-        else                                                                                       \
-            adam8(p, g, blocks, states, scalars, true, true, dtype);                               \
+            adam8(p, g, blocks, states, scalars, mix, true, dtype);                                \
     }
+#define ADAM8(io, dtype, isa)                                                                      \
+    ADAM8_OF(adam, false, io, dtype, isa)                                                          \
+    ADAM8_OF(ademamix, true, io, dtype, isa)
 
 #endif

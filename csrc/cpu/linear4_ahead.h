@@ -18,6 +18,12 @@ enum {
     AHEAD_FAR = 7168,     // and from there to what comes into L2
 };
 
+// Bytes from the first of `rows` rows of codes at work to what is asked for then.
+static inline int64_t bytes_ahead(const int rows, int64_t row_bytes, const bool keep)
+{
+    return keep ? rows * row_bytes + AHEAD_INTO_L2 : (rows - 1) * row_bytes + AHEAD_INTO_L1;
+}
+
 static inline __attribute__((always_inline)) void ask_ahead(const char *line, const int lines,
                                                             const bool keep)
 {

@@ -148,8 +148,7 @@ INLINE void dot_rows(const hb_matrix4 *w, int64_t n_rows, int64_t depth, int64_t
     const int64_t columns = dot_columns(depth, n_x);
     const bool part = columns < depth;
     const bool keep = part || n_x > 1 || DOT_KEEPS_ONE;
-    const int64_t distance =
-        keep ? rows * w->row_bytes + AHEAD_INTO_L2 : (rows - 1) * w->row_bytes + AHEAD_INTO_L1;
+    const int64_t distance = bytes_ahead(rows, w->row_bytes, keep);
     const int64_t group = part ? DOT_GROUP : n_rows;
     for (int64_t g = 0; g < n_rows; g += group) {
         const int64_t row_end = hb_least(g + group, n_rows);

@@ -89,7 +89,7 @@ INLINE void single8(hb_optimizer optimizer, void *p, const void *g, int64_t bloc
                     const hb_states8 *states, const hb_optim_scalars *scalars, hb_dtype io)
 {
     const decoder decoder1 = make_decoder(states->map1);
-    const ladder ladder1 = load_ladder_of(states->search1, true);
+    const ladder ladder1 = load_ladder(states->search1, true);
     const step_lanes s = broadcast_scalars(optimizer, scalars);
     new_state new;
     for (int64_t first = 0; first < blocks; first += GROUP) {

@@ -16,7 +16,8 @@
 //     decoder, make_decoder(map), decode(decoder, codes, v)     the map, prepared; STEP codes
 //     new_state                                                 .value[GROUP * BLOCK], aligned
 //     keep_state(to, at, v, max)                                stores v, and max with |v|
-//     ladder, load_ladder(search), climb_state(ladder, v, inverse)   t of kernels_codec.h
+//     ladder, load_ladder(search, is_signed)                    the map, prepared to encode
+//     climb(ladder, a), magnitude(ladder, v)                    t and a of kernels_codec.h
 //     store_signed_codes(ladder, t, from, at, codes)            STEP codes of a state that keeps
 //     store_codes(ladder, t, codes)                             its sign; of one without a sign
 //
@@ -99,12 +100,10 @@ static inline bool is_extreme(float absmax, float inverse)
     return !(absmax < HB_INFINITY && inverse < HB_INFINITY);
 }
 
-// A ladder whose sign the compiler knows.
-static inline ladder load_ladder_of(const hb_search8 *search, bool is_signed)
+// t of LANES values of a state.
+static inline integers climb_state(const ladder *l, vector value, vector inverse)
 {
-    ladder l = load_ladder(search);
-    l.is_signed = is_signed;
-    return l;
+    return climb(l, magnitude(l, V(mul_ps)(value, inverse)));
 }
 
 #endif

@@ -4,6 +4,7 @@
 #include "python/tensor.h"
 
 #include "core/cpu.h"
+#include "core/sanitizer.h"
 
 #ifndef HB_BUILD_CUDA
 #define HB_BUILD_CUDA "CPU only"
@@ -91,17 +92,7 @@ static PyObject *build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ign
 #else
     const char *compiler = "gcc " __VERSION__;
 #endif
-#if defined(__SANITIZE_ADDRESS__)
-    PyObject *sanitize = Py_True;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-    PyObject *sanitize = Py_True;
-#else
-    PyObject *sanitize = Py_False;
-#endif
-#else
-    PyObject *sanitize = Py_False;
-#endif
+    PyObject *sanitize = HB_ADDRESS_SANITIZER ? Py_True : Py_False;
     return Py_BuildValue(
         "{s:s, s:N, s:s, s:s, s:O, s:s}", "compiler", compiler, "isas", isas, "dlpack",
         AS_STRING(DLPACK_MAJOR_VERSION) "." AS_STRING(DLPACK_MINOR_VERSION), "numpy_target",

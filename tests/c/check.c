@@ -7,6 +7,8 @@
 //   --json=FILE            the results of both also as JSON lines
 //   --threads=N --seed=N
 #include "check.h"
+
+#include "core/sanitizer.h"
 #if defined(HB_EMULATE_TILES)
 #include "simde_tiles.h"
 #endif
@@ -482,7 +484,7 @@ int main(int argc, char **argv)
             return 2;
         }
     }
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) // they report crashes better
+#if !HB_ADDRESS_SANITIZER && !defined(__SANITIZE_THREAD__) // they report crashes better
     signal(SIGSEGV, on_crash);
     signal(SIGBUS, on_crash);
     signal(SIGILL, on_crash);

@@ -189,7 +189,7 @@ COUNT_GROUP(linear8_counts)
         const hb_int8_pairs *set = &k->pairs;
         void *tile = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, set->rows), CHECK_BEGIN);
         void *wide = check_buffer(c, (size_t)hb_int8_pair_bytes(DEPTH, PANEL), CHECK_BEGIN);
-        int32_t *sums = check_buffer(c, HB_INT8_PAIR_MAX_X * PANEL * sizeof *sums, CHECK_BEGIN);
+        int32_t *sums = check_buffer(c, (size_t)(set->rows * PANEL) * sizeof *sums, CHECK_BEGIN);
         set->widen_x(codes, 0, set->rows, DEPTH, tile);
         CHECK_COUNT(c, "linear8 pairs widen_w", PANEL * DEPTH, "weight")
         set->widen_w(w, DEPTH, PANEL, DEPTH, wide);

@@ -10,9 +10,9 @@ static int64_t min_i64(int64_t a, int64_t b)
 }
 
 // Block by block, as core goes.
-static void check_pairs(check *c, const hb_int8_pairs *pairs, int64_t depth, int64_t n_rows,
-                        int n_x)
+static void check_pairs(check *c, int64_t depth, int64_t n_rows, int n_x)
 {
+    const hb_int8_pairs *pairs = &c->kernels->linear8.pairs;
     const int64_t w_stride = depth + check_random_below(c, 3) * 7;
     const int64_t c_stride = n_rows + check_random_below(c, 3);
     const int64_t x_stride = depth + check_random_below(c, 3) * 5;
@@ -54,8 +54,9 @@ static void check_pairs(check *c, const hb_int8_pairs *pairs, int64_t depth, int
     check_release(c);
 }
 
-static void bench_pairs(check *c, const hb_int8_pairs *pairs)
+static void bench_pairs(check *c)
 {
+    const hb_int8_pairs *pairs = &c->kernels->linear8.pairs;
     enum { STEPS = HB_INT8_PAIR_STEPS, W = HB_INT8_PAIR_W };
     const int x = pairs->rows;
     int8_t *codes = check_buffer(c, W * STEPS, CHECK_BEGIN);
@@ -75,7 +76,7 @@ CHECK_GROUP(int8_pairs)
     const hb_int8_pairs *pairs = &c->kernels->linear8.pairs;
     if (!CHECK_NEW(c, linear8.pairs.multiply)) return;
     if (c->bench) {
-        bench_pairs(c, pairs);
+        bench_pairs(c);
         return;
     }
     const int64_t depths[] = {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 192, 333};
@@ -84,11 +85,10 @@ CHECK_GROUP(int8_pairs)
     for (int d = 0; d < n_depths; d++)
         for (int r = 0; r < n_rows; r++)
             for (int n_x = 1; n_x <= pairs->rows; n_x++)
-                if (!c->emulated || (d + r + n_x) % 3 == 0)
-                    check_pairs(c, pairs, depths[d], rows[r], n_x);
+                if (!c->emulated || (d + r + n_x) % 3 == 0) check_pairs(c, depths[d], rows[r], n_x);
     for (int n_x = 1; n_x <= pairs->rows; n_x++) { // around the borders of blocks
-        check_pairs(c, pairs, HB_INT8_PAIR_STEPS, 5, n_x);
-        check_pairs(c, pairs, HB_INT8_PAIR_STEPS + 1, 4, n_x);
-        check_pairs(c, pairs, 3 * HB_INT8_PAIR_STEPS - 33, n_x == 1 ? 64 : 35, n_x);
+        check_pairs(c, HB_INT8_PAIR_STEPS, 5, n_x);
+        check_pairs(c, HB_INT8_PAIR_STEPS + 1, 4, n_x);
+        check_pairs(c, 3 * HB_INT8_PAIR_STEPS - 33, n_x == 1 ? 64 : 35, n_x);
     }
 }

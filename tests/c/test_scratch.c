@@ -1,16 +1,11 @@
 // Scratch memory that is kept: who gets which block, what is too large, threads that share a store.
 #include "check.h"
+#include "core/sanitizer.h"
 #include "core/scratch.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
-
-#if defined(__SANITIZE_ADDRESS__)
-#define KEEPS 0
-#else
-#define KEEPS 1
-#endif
 
 enum { THREADS = 6, ROUNDS = 2000, OPEN_AT_ONCE = 3 };
 
@@ -79,7 +74,7 @@ CHECK_GROUP_ONCE(scratch)
     hb_scratch_close(&a); // closed already
     CHECK(c, large != NULL, "a megabyte");
     unsigned char *small = open_bytes(&b, store, 100000);
-    CHECK(c, !KEEPS || small == large, "a smaller one gets the block that was kept");
+    CHECK(c, HB_ADDRESS_SANITIZER || small == large, "a smaller one gets the block that was kept");
     CHECK(c, open_bytes(&a, store, 1 << 20) != small, "which is not given twice");
     hb_scratch_close(&b);
     hb_scratch_close(&a);
@@ -104,7 +99,7 @@ CHECK_GROUP_ONCE(scratch)
     unsigned char *huge = open_bytes(&a, store, HB_SCRATCH_KEPT_BYTES + 1);
     CHECK(c, huge != NULL, "more than is kept");
     hb_scratch_close(&a);
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) // they end the process
+#if !HB_ADDRESS_SANITIZER && !defined(__SANITIZE_THREAD__) // they end the process
     a = (hb_scratch){0};
     (void)hb_scratch_reserve(&a, INT64_MAX / 2);
     const hb_status status = hb_scratch_open(&a, store, NULL, 0, "test", &memory, &error);

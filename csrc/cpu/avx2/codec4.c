@@ -75,26 +75,26 @@ static inline __m128i pack_codes(const encoder *e, const __m256i rank[4])
     return _mm_unpacklo_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
 }
 
+// Raises most[0] and most[1] to the magnitudes of 32 halves at x.
+static inline void keep_largest(const uint16_t *x, __m256i most[2])
+{
+    for (int g = 0; g < 2; g++) {
+        const __m256i v = _mm256_loadu_si256((const void *)(x + 16 * g));
+        most[g] = _mm256_max_epu16(most[g], _mm256_and_si256(v, _mm256_set1_epi16(0x7fff)));
+    }
+}
+
 // The largest magnitude of n 16-bit floats, or NaN: patterns without signs order like the numbers.
 static inline float largest_of_halves(const uint16_t *x, int64_t n, hb_dtype io)
 {
-    const __m256i magnitude = _mm256_set1_epi16(0x7fff);
-    __m256i a = _mm256_setzero_si256(), b = a;
-    for (; n >= 32; n -= 32, x += 32) {
-        __m256i v0 = _mm256_loadu_si256((const void *)x);
-        __m256i v1 = _mm256_loadu_si256((const void *)(x + 16));
-        a = _mm256_max_epu16(a, _mm256_and_si256(v0, magnitude));
-        b = _mm256_max_epu16(b, _mm256_and_si256(v1, magnitude));
-    }
+    __m256i vectors[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (; n >= 32; n -= 32, x += 32) keep_largest(x, vectors);
     if (n > 0) {
         uint16_t rest[32] = {0};
         memcpy(rest, x, (size_t)n * sizeof *x);
-        __m256i v0 = _mm256_loadu_si256((const void *)rest);
-        __m256i v1 = _mm256_loadu_si256((const void *)(rest + 16));
-        a = _mm256_max_epu16(a, _mm256_and_si256(v0, magnitude));
-        b = _mm256_max_epu16(b, _mm256_and_si256(v1, magnitude));
+        keep_largest(rest, vectors);
     }
-    a = _mm256_max_epu16(a, b);
+    const __m256i a = _mm256_max_epu16(vectors[0], vectors[1]);
     __m128i most = _mm_max_epu16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     most = _mm_minpos_epu16(_mm_xor_si128(most, _mm_set1_epi16(-1))); // the least of 65535 - x
     const uint16_t bits = (uint16_t)~_mm_extract_epi16(most, 0);

@@ -53,8 +53,7 @@ climb_blocks(const void *x, int64_t n, const hb_search8 *search, int64_t blocksi
              const float *absmax, uint8_t *codes, hb_dtype io, bool is_signed)
 {
     const size_t bytes = hb_dtype_bytes(io);
-    ladder l = load_ladder(search);
-    l.is_signed = is_signed; // known to the compiler
+    const ladder l = load_ladder(search, is_signed);
     for (int64_t i = 0; i < n; absmax++) {
         const __m256 inverse = _mm256_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;

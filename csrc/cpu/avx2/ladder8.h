@@ -72,14 +72,15 @@ typedef struct {
     bool is_signed;
 } ladder;
 
-static inline ladder load_ladder(const hb_search8 *search)
+// is_signed: whether the map is, a constant at every call.
+static inline ladder load_ladder(const hb_search8 *search, bool is_signed)
 {
     const hb_decades8 *from = &search->decades;
     return (ladder){
         .offset = _mm256_loadu_si256((const void *)from->offset8),
         .slope = _mm256_loadu_ps(from->slope8),
         .zero = _mm256_set1_epi8((char)from->zero),
-        .is_signed = from->is_signed,
+        .is_signed = is_signed,
     };
 }
 

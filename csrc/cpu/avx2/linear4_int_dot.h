@@ -292,8 +292,7 @@ INLINE void dot_some(const hb_matrix4 *w, int64_t first, int64_t depth, const in
     const uint8_t *packed = w->packed + first * w->row_bytes;
     const float *absmax = w->absmax + first * w->absmax_stride;
     const bool keep = n_x > 1;
-    const int64_t distance =
-        keep ? rows * w->row_bytes + AHEAD_INTO_L2 : (rows - 1) * w->row_bytes + AHEAD_INTO_L1;
+    const int64_t distance = bytes_ahead(rows, w->row_bytes, keep);
     const char *ahead = (const char *)packed + distance;
     const float *scales_ahead = absmax + (distance * 2 >> shift);
     __m256 total[2][DOT_ROWS * 2];

@@ -79,12 +79,6 @@ INLINE __m256i keep_state(new_state *to, int at, __m256 value, __m256i max)
     return _mm256_max_epu32(max, bits_of(magnitude_f32x8(value)));
 }
 
-// t of eight values of a state.
-INLINE __m256i climb_state(const ladder *l, __m256 value, __m256 inverse)
-{
-    return climb(l, magnitude(l, _mm256_mul_ps(value, inverse)));
-}
-
 // Stores the codes of 32 values from number `at` of a state that keeps its sign: negative values do
 // not become 0. Returns the lanes that only a search can decide.
 INLINE unsigned store_signed_codes(const ladder *l, const __m256i t[4], const new_state *from,

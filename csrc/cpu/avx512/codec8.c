@@ -66,8 +66,7 @@ static inline void climb_blocks(const void *x, int64_t n, const hb_search8 *sear
                                 int64_t blocksize, const float *absmax, uint8_t *codes, hb_dtype io,
                                 bool is_signed)
 {
-    ladder l = load_ladder(search);
-    l.is_signed = is_signed; // known to the compiler
+    const ladder l = load_ladder(search, is_signed);
     for (int64_t i = 0; i < n; absmax++) {
         const __m512 inverse = _mm512_set1_ps(hb_inverse_scale(*absmax));
         const int64_t end = n - i < blocksize ? n : i + blocksize;

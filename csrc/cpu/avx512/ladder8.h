@@ -67,10 +67,10 @@ typedef struct {
     bool is_signed;
 } ladder;
 
-static inline ladder load_ladder(const hb_search8 *search)
+// is_signed: whether the map is, a constant at every call.
+static inline ladder load_ladder(const hb_search8 *search, bool is_signed)
 {
     const hb_decades8 *from = &search->decades;
-    const bool is_signed = from->is_signed;
     return (ladder){
         .offset = {_mm512_loadu_si512(from->offset), _mm512_loadu_si512(from->offset + 16)},
         .slope = _mm512_loadu_ps(from->slope),

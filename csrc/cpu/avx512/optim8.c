@@ -18,14 +18,6 @@ static inline void decode(const decoder *d, const uint8_t *codes, __m512 value[4
     }
 }
 
-#include "cpu/adam8.h"
-#include "cpu/norm8.h"
-#include "cpu/single8.h"
+#include "cpu/optim8.h"
 
-#define OPTIM8(io, dtype)                                                                          \
-    ADAM8(io, dtype, avx512)                                                                       \
-    SINGLE8(io, dtype, avx512)                                                                     \
-    NORM8(io, dtype, avx512)
-OPTIM8(f32, HB_F32)
-OPTIM8(bf16, HB_BF16)
-OPTIM8(f16, HB_F16)
+OPTIM8(avx512)

@@ -70,12 +70,6 @@ INLINE __m512i keep_state(new_state *to, int at, __m512 value, __m512i max)
     return _mm512_max_epi32(max, _mm512_castps_si512(magnitude_f32x16(value)));
 }
 
-// t of sixteen values of a state.
-INLINE __m512i climb_state(const ladder *l, __m512 value, __m512 inverse)
-{
-    return climb(l, magnitude(l, _mm512_mul_ps(value, inverse)));
-}
-
 // Stores the codes of 64 values from number `at` of a state that keeps its sign: negative values do
 // not become 0. Returns the lanes that only a search can decide.
 INLINE unsigned store_signed_codes(const ladder *l, const __m512i t[4], const new_state *from,

@@ -17,14 +17,6 @@ static inline void decode(const decoder *d, const uint8_t *codes, __m512 value[4
     look_up_sixty_four(d, _mm512_loadu_si512(codes), value);
 }
 
-#include "cpu/adam8.h"
-#include "cpu/norm8.h"
-#include "cpu/single8.h"
+#include "cpu/optim8.h"
 
-#define OPTIM8(io, dtype)                                                                          \
-    ADAM8(io, dtype, avx512vbmi)                                                                   \
-    SINGLE8(io, dtype, avx512vbmi)                                                                 \
-    NORM8(io, dtype, avx512vbmi)
-OPTIM8(f32, HB_F32)
-OPTIM8(bf16, HB_BF16)
-OPTIM8(f16, HB_F16)
+OPTIM8(avx512vbmi)
